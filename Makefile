@@ -1,0 +1,49 @@
+# make demo: set up and see it work.   make test: set up and run every test.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+DEMO := runs/demo
+
+.PHONY: demo test lint format prove benchmark clean
+
+# torch first: with it in place, nothing else pulls another build of it in.
+$(BIN)/.installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "needs $(PYTHON) (or: make PYTHON=python3.12 ...)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing (a few minutes the first time)"
+	@$(PIP) torch
+	@$(PIP) --editable .
+	@touch $@
+
+$(BIN)/.installed-dev: $(BIN)/.installed
+	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/esscher compare dsac_t sac --env.id InvertedDoublePendulum-v5 --steps 6000 --seeds 2 \
+		--hidden 64 64 --evaluation.every 500 --directory $(DEMO)
+	@echo "open $(DEMO)/report.html in a browser"
+
+test: $(BIN)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/.installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
+
+format: $(BIN)/.installed-dev
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+prove: $(BIN)/.installed-dev
+	$(BIN)/esscher prove sac
+	$(BIN)/esscher prove dsac_t
+
+benchmark: $(BIN)/.installed-dev
+	$(BIN)/python benchmarks/sac_speed.py
+
+clean:
+	rm -rf $(VENV) build dist
