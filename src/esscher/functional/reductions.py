@@ -1,0 +1,74 @@
+"""Masked sums, means and whitening, with the denominator of every mean in plain sight.
+
+A mask is boolean and True marks what counts. Masked entries are replaced before any arithmetic,
+so a NaN in padding reaches neither the result nor the gradient. `dim=None` reduces over all axes.
+"""
+
+from jaxtyping import Bool, Float, Num
+from torch import Tensor
+
+Dim = int | tuple[int, ...] | None
+
+
+def masked_sum(
+    values: Float[Tensor, "*s"], mask: Bool[Tensor, "*s"], dim: Dim = None
+) -> Float[Tensor, "..."]:
+    """Sum of the values whose mask is True.
+
+    sum_i mask_i values_i; an all-masked row gives 0.
+
+    Gradient: to `values` where the mask is True.
+    """
+    return values.masked_fill(~mask, 0.0).sum(dim)
+
+
+def masked_mean(
+    values: Float[Tensor, "*s"],
+    mask: Bool[Tensor, "*s"],
+    dim: Dim = None,
+    denominator: Num[Tensor, "..."] | float | None = None,
+) -> Float[Tensor, "..."]:
+    """Sum of the unmasked values over an explicit denominator, by default their count.
+
+    (sum_i mask_i values_i) / denominator. With the default an all-masked row gives 0 with zero
+    gradient. Pass one global denominator to every micro-batch, and the sum of the micro-batch
+    results is the full-batch result. A tensor denominator is not inspected (that would wait for
+    the device): a zero in it gives inf or nan.
+
+    Gradient: to `values` where the mask is True, and to a tensor denominator.
+    Raises: ValueError if a number is passed as denominator and is not positive.
+    """
+    if isinstance(denominator, (int, float)) and not denominator > 0:
+        raise ValueError(f"denominator must be positive, got {denominator}")
+    if denominator is None:
+        denominator = mask.sum(dim).clamp(min=1)
+    return masked_sum(values, mask, dim) / denominator
+
+
+def masked_whiten(
+    values: Float[Tensor, "*s"],
+    mask: Bool[Tensor, "*s"],
+    dim: Dim = None,
+    epsilon: float = 1e-8,
+    correction: int = 0,
+) -> Float[Tensor, "*s"]:
+    """Unmasked values shifted to mean 0 and scaled to standard deviation 1; masked entries are 0.
+
+    (x - mean) / (std + epsilon), std^2 = sum (x - mean)^2 / (count - correction). Values that are
+    all equal, a row with one unmasked value and an all-masked row give exactly 0.
+
+    Gradient: to `values` where the mask is True, through mean and std.
+    Raises: ValueError if epsilon is not positive.
+    """
+    if not epsilon > 0:
+        raise ValueError(f"epsilon must be positive, got {epsilon}")
+    axes = tuple(range(values.dim())) if dim is None else dim
+    count = mask.sum(axes, keepdim=True)
+    # Shifting by an element first makes equal values exactly 0; else rounding noise is whitened.
+    shift = values.detach().masked_fill(~mask, -float("inf")).amax(axes, keepdim=True)
+    shifted = (values - shift).masked_fill(~mask, 0.0)
+    mean = shifted.sum(axes, keepdim=True) / count.clamp(min=1)
+    centred = (shifted - mean).masked_fill(~mask, 0.0)
+    variance = centred.square().sum(axes, keepdim=True) / (count - correction).clamp(min=1)
+    # The floor keeps the gradient of the square root finite at zero variance.
+    return centred / (variance.clamp(min=1e-30).sqrt() + epsilon)
