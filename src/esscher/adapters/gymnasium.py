@@ -1,0 +1,261 @@
+"""Gymnasium environments as the online loop wants them: vectorised, normalised, snapshotted.
+
+Actions come in as [-1, 1] (or choices) and are rescaled to the environment's box. Environments
+restart by themselves; `next_obs` of a step is always the observation that the action led to, never
+the first one of the next episode.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from numpy.typing import NDArray
+
+from esscher.adapters.snapshot import SnapshotWrapper
+from esscher.errors import UserError, nearest
+from esscher.experiment import EnvConfig
+from esscher.runtime.rng import Phase, mix
+from esscher.types import Spec
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step of all environments led to."""
+
+    reward: NDArray[np.float32]
+    next_obs: NDArray[np.float32]
+    """The true successor, also at the end of an episode."""
+    obs: NDArray[np.float32]
+    """Where the next action is taken: equal to next_obs unless an episode ended."""
+    terminated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+    episodes: list[tuple[float, int]]
+    """Return and length of the episodes that ended at this step."""
+
+
+class Environments:
+    """`num` copies of a task, stepped together.
+
+    Args:
+        config: which task.
+        seed: of the run; the copies' own seeds follow from it.
+        phase: which stream of seeds (training or evaluation).
+
+    Raises:
+        UserError: unknown task, unbounded or unsupported action space, observations whose type is
+            not what the task declares.
+    """
+
+    def __init__(self, config: EnvConfig, seed: int, phase: Phase = Phase.RESET):
+        self.config, self._seed, self._phase = config, seed, phase
+        makers = [_maker(config)] * config.num
+        if config.parallel:
+            self._envs: Any = AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+        else:
+            self._envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+        self.spec = _spec(config, self._envs)
+        self._low = np.asarray(self.spec.action_low, np.float32)
+        self._high = np.asarray(self.spec.action_high, np.float32)
+        self._action_space = self._envs.single_action_space
+        self._returns = np.zeros(config.num)
+        self._lengths = np.zeros(config.num, np.int64)
+
+    def reset(self, iteration: int) -> NDArray[np.float32]:
+        """Start every copy afresh, from seeds that follow from (run seed, iteration, copy)."""
+        seeds = [mix(self._seed, iteration, self._phase, k) % 2**31 for k in range(self.config.num)]
+        obs, _ = self._envs.reset(seed=seeds)
+        self._check_obs(obs)
+        self._returns[:], self._lengths[:] = 0.0, 0
+        return _float32(obs)
+
+    def random_actions(self) -> torch.Tensor:
+        """Uniform in [-1, 1], or uniform choices, by torch's default generator."""
+        if self.spec.num_actions is None:
+            return torch.rand(self.config.num, self.spec.action_dim) * 2 - 1
+        return torch.randint(self.spec.num_actions, (self.config.num,))
+
+    def step(self, action: torch.Tensor, step: int) -> Outcome:
+        """Act in every copy; `step` (environment steps so far) only names the place in errors."""
+        obs, reward, terminated, truncated, info = self._envs.step(self.to_native(action))
+        if not np.isfinite(reward).all():
+            copy = int(np.flatnonzero(~np.isfinite(reward))[0])
+            raise UserError(
+                f"{self.config.id} returned the reward {reward[copy]} at step {step} in environment "
+                f"{copy}: rewards must be finite"
+            )
+        obs = next_obs = _float32(obs)
+        ended = terminated | truncated
+        if ended.any():
+            next_obs = obs.copy()
+            for copy in np.flatnonzero(ended):
+                next_obs[copy] = info["final_obs"][copy]
+        if not np.isfinite(next_obs).all():
+            copy = int(np.flatnonzero(~np.isfinite(next_obs).all(-1))[0])
+            raise UserError(
+                f"{self.config.id} returned an observation that is not finite at step {step} in "
+                f"environment {copy}"
+            )
+        self._returns += reward
+        self._lengths += 1
+        episodes = [(float(self._returns[k]), int(self._lengths[k])) for k in np.flatnonzero(ended)]
+        self._returns[ended], self._lengths[ended] = 0.0, 0
+        return Outcome(
+            reward=np.asarray(reward, np.float32),
+            next_obs=next_obs,
+            obs=obs,
+            terminated=np.asarray(terminated),
+            truncated=np.asarray(truncated),
+            episodes=episodes,
+        )
+
+    def to_native(self, action: torch.Tensor) -> NDArray[Any]:
+        """From [-1, 1] (clipped) to the environment's box, or to its labels."""
+        value = action.detach().cpu().numpy()
+        if self.spec.num_actions is not None:
+            return value + self.spec.action_start
+        share = (np.clip(value, -1, 1) + 1) * 0.5
+        native = (self._low + share * (self._high - self._low)).astype(self._action_space.dtype)
+        return native.reshape(len(value), *self._action_space.shape)
+
+    def inexact_because(self) -> str | None:
+        """Why the state of these environments cannot be saved exactly; None if it can."""
+        reasons = self._envs.get_attr("unsupported_reason")
+        return next((reason for reason in reasons if reason), None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every copy's full state as plain data, with the running episode returns."""
+        state: dict[str, Any] = {
+            "returns": torch.from_numpy(self._returns.copy()),
+            "lengths": torch.from_numpy(self._lengths.copy()),
+        }
+        for copy, snapshot in enumerate(self._envs.get_attr("snapshot")):
+            state.update({f"copy.{copy}.{name}": value for name, value in snapshot.items()})
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put every copy back where it was."""
+        self._returns[:] = state["returns"].numpy()
+        self._lengths[:] = state["lengths"].numpy()
+        snapshots = []
+        for copy in range(self.config.num):
+            prefix = f"copy.{copy}."
+            found = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+            snapshots.append(found)
+        # A reset first, so that layers which insist on one are content.
+        self._envs.reset(seed=[0] * self.config.num)
+        self._envs.set_attr("snapshot", snapshots)
+
+    def close(self) -> None:
+        """Release the environments and their processes."""
+        self._envs.close()
+
+    def _check_obs(self, obs: NDArray[Any]) -> None:
+        if not isinstance(obs, np.ndarray) or obs.dtype.kind not in "fiub":
+            raise UserError(
+                f"{self.config.id} returns observations of type {getattr(obs, 'dtype', type(obs))}: "
+                "they must be numbers"
+            )
+
+
+def make(config: EnvConfig) -> gymnasium.Env[Any, Any]:
+    """One environment, with its observations as a flat vector.
+
+    Raises:
+        UserError: no such id or factory, or the factory did not return an environment.
+    """
+    if ":" in config.id and not config.id.split(":")[0].startswith("ale_py"):
+        env = _from_factory(config)
+    else:
+        limit = {"max_episode_steps": config.max_episode_steps}
+        options = {**config.kwargs, **({} if config.max_episode_steps is None else limit)}
+        try:
+            env = gymnasium.make(config.id, **options)
+        except gymnasium.error.NameNotFound:
+            ids = [name for name in gymnasium.registry if "/" not in name]
+            raise UserError(
+                f"unknown environment {config.id!r}: {nearest(config.id, ids[:400])} "
+                "(your own: module:factory)"
+            ) from None
+        except (gymnasium.error.Error, TypeError) as error:
+            raise UserError(f"environment {config.id!r} cannot be made: {error}") from error
+    space = env.observation_space
+    if isinstance(space, spaces.Box):
+        _check_declared_dtype(config.id, env, space)
+    if not (isinstance(space, spaces.Box) and len(space.shape) == 1):
+        env = gymnasium.wrappers.FlattenObservation(env)
+    return env
+
+
+def _from_factory(config: EnvConfig) -> gymnasium.Env[Any, Any]:
+    module_name, _, factory_name = config.id.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"environment {config.id!r} cannot be imported: {error}. Write module:factory, with the "
+            "module importable from the working folder"
+        ) from error
+    env = factory(**config.kwargs)
+    if not isinstance(env, gymnasium.Env):
+        raise UserError(f"{config.id!r} returned a {type(env).__name__}, not a gymnasium.Env")
+    if config.max_episode_steps is not None:
+        env = gymnasium.wrappers.TimeLimit(env, config.max_episode_steps)
+    return env
+
+
+def _maker(config: EnvConfig) -> Callable[[], gymnasium.Env[Any, Any]]:
+    return lambda: SnapshotWrapper(make(config))
+
+
+def _check_declared_dtype(name: str, env: gymnasium.Env[Any, Any], space: spaces.Box) -> None:
+    obs, _ = env.reset(seed=0)
+    found = getattr(obs, "dtype", None)
+    if found != space.dtype or getattr(obs, "shape", None) != space.shape:
+        raise UserError(
+            f"{name} declares observations {space.dtype}{list(space.shape)} but returns "
+            f"{found or type(obs).__name__}{list(getattr(obs, 'shape', []))}: mend its "
+            "observation_space, or cast in reset and step"
+        )
+
+
+def _spec(config: EnvConfig, envs: Any) -> Spec:
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    common = {"obs_shape": obs_space.shape, "num_envs": config.num}
+    if isinstance(action_space, spaces.Discrete):
+        return Spec(
+            action_shape=(),
+            num_actions=int(action_space.n),
+            action_start=int(action_space.start),
+            **common,
+        )
+    if not isinstance(action_space, spaces.Box):
+        raise UserError(
+            f"{config.id} has the action space {action_space}: only Box and Discrete are supported"
+        )
+    low, high = action_space.low.ravel(), action_space.high.ravel()
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise UserError(
+            f"{config.id} has an unbounded action box {action_space}: wrap it in "
+            "gymnasium.wrappers.RescaleAction or give the box finite bounds"
+        )
+    return Spec(
+        action_shape=(int(low.size),),
+        action_low=tuple(map(float, low)),
+        action_high=tuple(map(float, high)),
+        **common,
+    )
+
+
+def _float32(obs: NDArray[Any]) -> NDArray[np.float32]:
+    return obs.astype(np.float32)
+

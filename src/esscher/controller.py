@@ -1,0 +1,83 @@
+"""A trained policy as its user wants it: observations in, actions of the environment out."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from esscher.types import Spec
+
+
+class Controller(nn.Module):
+    """Wraps a policy network with its task's observation shape and action box.
+
+    `predict` has the signature that Stable-Baselines3's tools expect of a model.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, policy: nn.Module, spec: Spec):
+        super().__init__()
+        self.policy, self.spec = policy, spec
+        self.register_buffer("low", torch.tensor(spec.action_low))
+        self.register_buffer("high", torch.tensor(spec.action_high))
+
+    def forward(self, obs: Float[Tensor, "b o"], deterministic: bool = True) -> Shaped[Tensor, "b *a"]:
+        """Actions in the environment's own units (or labels)."""
+        distribution = self.policy(obs)
+        action = distribution.mode() if deterministic else distribution.sample()
+        if self.spec.num_actions is not None:
+            return action + self.spec.action_start
+        return self.low + (action.clamp(-1, 1) + 1) * 0.5 * (self.high - self.low)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        observation: NDArray[Any],
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = True,
+    ) -> tuple[NDArray[Any], Any]:
+        """The action for one observation, or one a row for a batch of them.
+
+        Args:
+            observation: of the environment's shape, with or without a leading batch axis.
+            state: returned as given; these policies have no memory.
+            episode_start: ignored, likewise.
+            deterministic: the mode of the policy, else a sample.
+        """
+        observation = np.asarray(observation)
+        single = observation.size == self.spec.obs_dim
+        device = next(self.parameters()).device
+        flat = observation.reshape(1 if single else len(observation), -1).astype(np.float32)
+        if flat.shape[1] != self.spec.obs_dim:
+            raise ValueError(
+                f"observation must have {self.spec.obs_dim} numbers, got {observation.shape}"
+            )
+        action = self(torch.from_numpy(flat).to(device), deterministic).cpu().numpy()
+        return (action[0] if single else action), state
+
+    def to_onnx(self, path: Path) -> None:
+        """Write the deterministic policy as an ONNX graph: obs "b o" float32 -> action.
+
+        Raises:
+            ImportError: onnxscript is not installed (pip install "esscher[export]").
+        """
+        example = torch.zeros(2, self.spec.obs_dim)
+        module = self.cpu().eval()
+        torch.onnx.export(
+            module,
+            (example,),
+            str(path),
+            input_names=["obs"],
+            output_names=["action"],
+            dynamic_shapes={"obs": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )

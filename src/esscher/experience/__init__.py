@@ -1,0 +1,6 @@
+"""What a learner has seen, and which batches it owes an update."""
+
+from esscher.experience.replay import Replay
+from esscher.experience.rollout import RolloutBuffer
+
+__all__ = ["Replay", "RolloutBuffer"]

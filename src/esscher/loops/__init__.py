@@ -1,0 +1,1 @@
+"""Generators that drive methods and know none of them. They have no side effects on disk."""

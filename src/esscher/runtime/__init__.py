@@ -1,0 +1,1 @@
+"""State, optimisation, randomness, files: everything that is not mathematics."""

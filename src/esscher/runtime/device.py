@@ -1,0 +1,119 @@
+"""Where and how a run computes: device, threads, precision, and how update pieces are executed."""
+
+import functools
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from esscher.errors import UserError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+COMPILE_PAYS_FROM = 20_000
+"""Environment steps below which compiling (10 to 40 seconds at the start) costs more than it saves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How to compute. Everything here may change the last bits of a result, so it is recorded."""
+
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+    threads: int = 0
+    """Threads of one process; 0: the processors available to it, at most 4 (small networks)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: matrix products in half the time; parameters and losses stay float32."""
+    graph: Literal["auto", "eager", "compile"] = "auto"
+    """How update pieces run; auto compiles runs of 20,000 steps or more where a compiler exists."""
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise UserError(f"runtime.threads must be >= 0, got {self.threads}")
+
+    def resolve(self, steps: int) -> "RuntimeConfig":
+        """Replace every `auto` by what this machine offers, so that a resumed run does the same."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"runtime.device is {device}, but no CUDA device is available: use cpu")
+        graph = self.graph
+        if graph == "auto":
+            pays = steps >= COMPILE_PAYS_FROM
+            graph = "compile" if pays and compiler_available(device) else "eager"
+        return replace(
+            self, device=device, threads=self.threads or min(available_processors(), 4), graph=graph
+        )
+
+
+class Runtime:
+    """What a method may know of the machine: its device, and how to run its pieces fast."""
+
+    def __init__(self, config: RuntimeConfig | None = None):
+        config = (config or RuntimeConfig(device="cpu", graph="eager", threads=1)).resolve(0)
+        self.config = config
+        self.device = torch.device(config.device)
+        self.rank, self.world = 0, 1
+
+    def graph(self, function: Function) -> Function:
+        """Run a pure piece of an update as the configuration says: eager or compiled.
+
+        The piece must have static shapes and no `.item()`; random numbers are drawn by torch's own
+        generators in either mode, so both modes see the same noise.
+        """
+        if self.config.precision == "bfloat16":
+            function = _autocast(function, self.device.type)
+        if self.config.graph == "compile":
+            function = _compile_or_fall_back(function)
+        return function
+
+
+def available_processors() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def compiler_available(device: str) -> bool:
+    """Whether torch.compile can produce code for the device here."""
+    if device.startswith("cuda"):
+        import importlib.util
+
+        return importlib.util.find_spec("triton") is not None
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
+
+
+def _autocast(function: Function, device_type: str) -> Function:
+    @functools.wraps(function)
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device_type, torch.bfloat16):
+            return function(*args, **kwargs)
+
+    return cast  # type: ignore[return-value]
+
+
+def _compile_or_fall_back(function: Function) -> Function:
+    compiled = torch.compile(function, dynamic=False, options={"fallback_random": True})
+    state = {"checked": False, "call": compiled}
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if state["checked"]:
+            return state["call"](*args, **kwargs)
+        try:
+            result = compiled(*args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"torch.compile failed, running eagerly instead: {reason}", stacklevel=2)
+            state["call"] = function
+            result = function(*args, **kwargs)
+        state["checked"] = True
+        return result
+
+    return call  # type: ignore[return-value]

@@ -1,0 +1,73 @@
+"""What a person sees while a run goes on."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class _Rate(TextColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.fields['rate']:,.0f} steps/s", style="cyan")
+
+
+class Display:
+    """A live line on a terminal; elsewhere a plain line now and then.
+
+    Args:
+        title: what runs.
+        steps: environment steps in all.
+        start: steps already done, when resuming.
+        console: where to draw; None draws on standard error.
+    """
+
+    def __init__(self, title: str, steps: int, start: int = 0, console: Console | None = None):
+        self._console = console or Console(stderr=True)
+        self._title, self._steps, self._start = title, steps, start
+        self._began = self._spoken = time.monotonic()
+        self._fields: dict[str, Any] = {"rate": 0.0, "headline": ""}
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+                _Rate(""),
+                TimeRemainingColumn(),
+                TextColumn("[green]{task.fields[headline]}"),
+                console=self._console,
+                refresh_per_second=4,
+            )
+            self._task = self._progress.add_task(
+                title, total=steps, completed=start, **self._fields
+            )
+            self._progress.start()
+
+    def update(self, step: int, headline: str | None = None) -> None:
+        """Show where the run is; `headline` is the metric that matters, kept until replaced."""
+        elapsed = time.monotonic() - self._began
+        rate = (step - self._start) / max(elapsed, 1e-9)
+        self._fields["rate"] = rate
+        if headline is not None:
+            self._fields["headline"] = headline
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, **self._fields)
+        elif headline is not None and time.monotonic() - self._spoken > 10:
+            self._spoken = time.monotonic()
+            left = (self._steps - step) / max(rate, 1e-9)
+            self._console.print(
+                f"{self._title}: step {step:,} of {self._steps:,}, {rate:,.0f} steps/s, "
+                f"{left:,.0f} s left, {headline}",
+                highlight=False,
+            )
+
+    def note(self, text: str) -> None:
+        """A line above the progress."""
+        self._console.print(text, highlight=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()

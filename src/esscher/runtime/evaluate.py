@@ -1,0 +1,78 @@
+"""Judge a policy by whole episodes in environments of its own."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from esscher.adapters.gymnasium import Environments
+from esscher.experiment import EnvConfig, EvaluationConfig
+from esscher.method import act_by
+from esscher.runtime.rng import Phase, seed_phase
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Returns (undiscounted sums of reward) and lengths of the episodes."""
+
+    returns: list[float]
+    lengths: list[int]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.returns))
+
+    @property
+    def std(self) -> float:
+        return float(np.std(self.returns))
+
+    def to_json(self) -> dict[str, float | list[float]]:
+        return {
+            "return_mean": self.mean,
+            "return_std": self.std,
+            "returns": self.returns,
+            "length_mean": float(np.mean(self.lengths)),
+        }
+
+
+class Evaluator:
+    """One environment an episode, all stepped together so that the policy runs in batches.
+
+    Every evaluation starts its episodes from the same seeds, which depend on the run's seed only.
+    """
+
+    def __init__(self, env: EnvConfig, config: EvaluationConfig, seed: int):
+        copies = EnvConfig(
+            id=env.id,
+            num=config.episodes,
+            parallel=False,
+            max_episode_steps=env.max_episode_steps,
+            kwargs=env.kwargs,
+        )
+        self.config, self._seed = config, seed
+        self._envs = Environments(copies, seed, Phase.EVALUATE)
+
+    def __call__(self, policy: nn.Module) -> Evaluation:
+        """Run one episode in each environment."""
+        config = self.config
+        device = next(policy.parameters()).device
+        obs = self._envs.reset(0)
+        running = np.ones(config.episodes, bool)
+        returns, lengths = np.zeros(config.episodes), np.zeros(config.episodes, np.int64)
+        seed_phase(self._seed, 0, Phase.EVALUATE)
+        for step in range(config.step_limit):
+            action = act_by(
+                policy, torch.from_numpy(obs).to(device), explore=not config.deterministic
+            )
+            outcome = self._envs.step(action, step)
+            returns += outcome.reward * running
+            lengths += running
+            running &= ~(outcome.terminated | outcome.truncated)
+            obs = outcome.obs
+            if not running.any():
+                break
+        return Evaluation(returns.tolist(), lengths.tolist())
+
+    def close(self) -> None:
+        self._envs.close()

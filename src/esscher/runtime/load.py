@@ -1,0 +1,43 @@
+"""Open a run folder for use: its policy, its method, its experiment."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esscher.controller import Controller
+from esscher.experiment import Experiment
+from esscher.registry import load_method
+from esscher.runtime import checkpoint as checkpoints
+from esscher.runtime.device import Runtime
+from esscher.runtime.run import read_experiment
+from esscher.runtime.state import under
+from esscher.types import Spec
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained run."""
+
+    experiment: Experiment
+    policy: Controller
+    """Maps observations to actions of the environment; see Controller.predict."""
+    method: Any
+    """The whole learner, critics and optimisers included."""
+    step: int
+    """Environment steps of the checkpoint that was read."""
+
+
+def load(directory: str | Path, *, step: int | None = None) -> Loaded:
+    """Open the newest checkpoint of a run, or that of `step`, on the CPU.
+
+    Raises:
+        UserError: not a run folder, no checkpoint, a damaged one, or one of another version.
+    """
+    folder = Path(directory)
+    experiment = read_experiment(folder)
+    checkpoint = checkpoints.load(folder, step)
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint.meta["spec"].items()}
+    spec = Spec(**fields)
+    method = load_method(experiment.slug)(experiment.method, spec, Runtime())
+    method.load_state_dict(under("method", checkpoint.state))
+    return Loaded(experiment, Controller(method.policy, spec), method, checkpoint.step)

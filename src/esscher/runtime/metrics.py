@@ -1,0 +1,199 @@
+"""Training metrics: accumulated on the device, drained to files and trackers."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esscher.errors import UserError
+from esscher.types import Metrics
+
+PACKAGES = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+}
+
+
+class Averager:
+    """Running sums of metrics since the last row, kept as tensors so that nothing synchronises."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._episodes: list[tuple[float, int]] = []
+
+    def add(self, metrics: list[Metrics], episodes: list[tuple[float, int]]) -> None:
+        """Take in what one iteration reported."""
+        for update in metrics:
+            for name, value in update.items():
+                if name in self._sums:
+                    self._sums[name] += value
+                    self._counts[name] += 1
+                else:
+                    self._sums[name] = value.detach().clone()
+                    self._counts[name] = 1
+        self._episodes += episodes
+
+    def drain(self) -> dict[str, float]:
+        """Means since the last drain, with the return and length of finished episodes."""
+        row = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        if self._episodes:
+            count = len(self._episodes)
+            row["return"] = sum(value for value, _ in self._episodes) / count
+            row["length"] = sum(length for _, length in self._episodes) / count
+            row["episodes"] = count
+        self._sums, self._counts, self._episodes = {}, {}, []
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain data: a run may stop between two rows."""
+        sums = {name: float(total) for name, total in self._sums.items()}
+        return {"sums": sums, "counts": self._counts, "episodes": self._episodes}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """The inverse of `state_dict`."""
+        self._sums = {k: torch.tensor(v, device=device) for k, v in state["sums"].items()}
+        self._counts = dict(state["counts"])
+        self._episodes = [(float(value), int(length)) for value, length in state["episodes"]]
+
+
+class MetricsLog:
+    """Appends rows to metrics.jsonl and passes them to trackers.
+
+    Args:
+        run: the run folder.
+        to: trackers to feed.
+        name: of the run, for trackers that want one.
+        config: of the run, for trackers that show one.
+        offset: bytes of metrics.jsonl to keep, the rest being what an interrupted run had written
+            after its checkpoint; 0 for a new run.
+        step: of that checkpoint.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        to: tuple[str, ...],
+        name: str,
+        config: dict[str, Any],
+        offset: int = 0,
+        step: int = 0,
+    ):
+        check_trackers(to)
+        self._file = open(run / "metrics.jsonl", "ab")  # noqa: SIM115
+        self._file.truncate(offset)
+        self._trackers = [_TRACKERS[tracker](run, name, config, step) for tracker in to]
+
+    @property
+    def offset(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row; scalars go to the trackers as phase/name."""
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
+        scalars = {
+            f"{row['phase']}/{name}": float(value)
+            for name, value in row.items()
+            if isinstance(value, int | float) and name not in ("step", "phase")
+        }
+        for tracker in self._trackers:
+            tracker.log(scalars, row["step"])
+
+    def sync(self) -> None:
+        """Force the rows to disk, as a checkpoint relies on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Finish every tracker."""
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def check_trackers(to: tuple[str, ...]) -> None:
+    """Raise if a tracker that was asked for is not installed."""
+    for tracker in to:
+        if importlib.util.find_spec(PACKAGES[tracker]) is None:
+            raise UserError(f"--log.to {tracker}: not installed (pip install {PACKAGES[tracker]})")
+
+
+class _TensorBoard:
+    def __init__(self, run: Path, name: str, config: dict[str, Any], step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, run: Path, name: str, config: dict[str, Any], step: int):
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        self._run = wandb.init(
+            project="esscher", name=name, config=config, dir=str(run), id=_id(run), resume="allow"
+        )
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        self._run.log(scalars, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    def __init__(self, run: Path, name: str, config: dict[str, Any], step: int):
+        import mlflow  # pyright: ignore[reportMissingImports]
+
+        self._mlflow = mlflow
+        identity = run / "mlflow_run_id"
+        mlflow.set_experiment("esscher")
+        known = identity.read_text() if identity.exists() else None
+        active = mlflow.start_run(run_id=known, run_name=None if known else name)
+        identity.write_text(active.info.run_id)
+        if not known:
+            mlflow.log_params({k: str(v)[:500] for k, v in config["method"].items()})
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        self._mlflow.log_metrics(scalars, step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+class _Trackio:
+    def __init__(self, run: Path, name: str, config: dict[str, Any], step: int):
+        import trackio  # pyright: ignore[reportMissingImports]
+
+        self._trackio = trackio
+        trackio.init(project="esscher", name=_id(run), config=config, resume="allow")
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        self._trackio.log(scalars, step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+def _id(run: Path) -> str:
+    return "-".join(run.resolve().parts[-3:])
+
+
+_TRACKERS: dict[str, Any] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "mlflow": _MLflow,
+    "trackio": _Trackio,
+}

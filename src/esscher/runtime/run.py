@@ -1,0 +1,384 @@
+"""The runner: the only place with side effects. Files, evaluation, checkpoints, early stop."""
+
+import fcntl
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from esscher import __version__
+from esscher.adapters.gymnasium import Environments
+from esscher.errors import UserError
+from esscher.experiment import Experiment
+from esscher.loops.online import LoopState, crossed, online
+from esscher.registry import load_method
+from esscher.runtime import checkpoint as checkpoints
+from esscher.runtime.checkpoint import write_atomically
+from esscher.runtime.device import Runtime
+from esscher.runtime.display import Display
+from esscher.runtime.evaluate import Evaluation, Evaluator
+from esscher.runtime.metrics import Averager, MetricsLog, check_trackers
+from esscher.runtime.rng import Phase, seed_phase
+from esscher.runtime.state import State, under
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left behind."""
+
+    directory: Path
+    slug: str
+    steps: int
+    updates: int
+    seconds: float
+    """Training and evaluation, over all sittings of a resumed run."""
+    evaluation: Evaluation
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved itself."""
+
+
+def run(
+    experiment: Experiment, *, directory: str | Path | None = None, display: bool = True
+) -> Result:
+    """Train, evaluate and save.
+
+    Args:
+        experiment: what to do.
+        directory: the run folder, which must not exist yet; by default a fresh one under runs/.
+        display: show progress.
+
+    Raises:
+        UserError: bad input, found before training starts, or a reward that is not finite.
+        Interrupted: on Ctrl-C or SIGTERM, after saving a checkpoint.
+    """
+    run_folder = fresh_folder(experiment) if directory is None else Path(directory)
+    write_config(experiment, run_folder)
+    return _train(run_folder, None, display)
+
+
+def resume(
+    directory: str | Path, *, step: int | None = None, display: bool = True
+) -> Result:
+    """Continue a run exactly where its newest checkpoint (or that of `step`) left it.
+
+    A run that was killed before its first checkpoint starts again from its beginning, which is the
+    same thing. A finished run is returned as it is.
+
+    Raises:
+        UserError: not a run folder, a damaged checkpoint, or one of another version.
+    """
+    run_folder = Path(directory)
+    result = read_result(run_folder)
+    if result is not None and step is None:
+        return result
+    if step is None and not checkpoints.steps(run_folder):
+        return _train(run_folder, None, display)
+    checkpoint = checkpoints.load(run_folder, step)
+    return _train(run_folder, checkpoint, display)
+
+
+def write_config(experiment: Experiment, run_folder: Path) -> None:
+    """Create a run folder with its config.json, every automatic choice resolved.
+
+    Raises:
+        UserError: the folder exists and is not empty, or the experiment cannot run here.
+    """
+    if run_folder.exists() and any(run_folder.iterdir()):
+        known = (run_folder / "config.json").exists()
+        remedy = f"esscher resume {run_folder} goes on with it" if known else "it is not a run"
+        raise UserError(f"{run_folder} exists: {remedy}; or choose another --directory")
+    check_trackers(experiment.log.to)
+    steps = experiment.stages[-1].steps
+    experiment = replace(experiment, runtime=experiment.runtime.resolve(steps))
+    _Parts(experiment).close()  # Every complaint about the input comes before anything is written.
+    run_folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_folder / "config.json", json.dumps(experiment.to_json(), indent=2))
+
+
+def read_experiment(run_folder: Path) -> Experiment:
+    """The experiment of a run folder.
+
+    Raises:
+        UserError: no run there, or its config.json cannot be read.
+    """
+    path = run_folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{run_folder} is not a run folder: it has no config.json")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): the folder cannot be used") from error
+    version = str(data.get("esscher_version"))
+    if version.split(".")[:2] != __version__.split(".")[:2]:
+        raise UserError(
+            f"{run_folder} comes from esscher {version} and this is {__version__}: install that "
+            "version to go on with it"
+        )
+    return Experiment.from_json(data)
+
+
+def read_result(run_folder: Path) -> Result | None:
+    """The result of a finished run, or None."""
+    path = run_folder / "result.json"
+    if not path.exists():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    evaluation = Evaluation(data["returns"], data["lengths"])
+    return Result(
+        run_folder, data["slug"], data["steps"], data["updates"], data["seconds"], evaluation
+    )
+
+
+def fresh_folder(experiment: Experiment) -> Path:
+    """runs/ENVIRONMENT/NAME_seedK, with a number behind it if that is taken."""
+    task = experiment.stages[-1].env.id.replace("/", "_").replace(":", "_")
+    stem = Path("runs") / task / f"{experiment.name}_seed{experiment.seed}"
+    folder, count = stem, 1
+    while folder.exists():
+        count += 1
+        folder = stem.with_name(f"{stem.name}_{count}")
+    return folder
+
+
+class _Parts:
+    """A run's moving parts, built from its configuration alone."""
+
+    def __init__(self, experiment: Experiment):
+        torch.set_num_threads(experiment.runtime.threads)
+        stage = experiment.stages[-1]
+        self.envs = Environments(stage.env, experiment.seed)
+        try:
+            self.runtime = Runtime(experiment.runtime)
+            seed_phase(experiment.seed, 0, Phase.INITIALISE)
+            method_class = load_method(experiment.slug)
+            self.method = method_class(experiment.method, self.envs.spec, self.runtime)
+            self.experience = self.method.experience()
+            obs = torch.from_numpy(self.envs.reset(0)).to(self.runtime.device)
+        except BaseException:
+            self.envs.close()
+            raise
+        self.loop = LoopState(obs)
+        self.averager = Averager()
+        self.inexact_because = self.envs.inexact_because()
+
+    def state_dict(self) -> State:
+        parts = {"method": self.method, "experience": self.experience, "loop": self.loop}
+        state = {f"{n}.{k}": v for n, part in parts.items() for k, v in part.state_dict().items()}
+        if self.inexact_because is None:
+            state |= {f"envs.{k}": v for k, v in self.envs.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: State) -> None:
+        self.method.load_state_dict(under("method", state))
+        self.experience.load_state_dict(under("experience", state))
+        self.loop.load_state_dict(under("loop", state))
+        if self.inexact_because is None:
+            self.envs.load_state_dict(under("envs", state))
+        else:
+            self.envs.reset(self.loop.step)
+
+    def close(self) -> None:
+        self.envs.close()
+
+
+def _train(
+    run_folder: Path, checkpoint: checkpoints.Checkpoint | None, display: bool
+) -> Result:
+    experiment = read_experiment(run_folder)
+    with _locked(run_folder), _stop_requests() as requested:
+        parts = _Parts(experiment)
+        try:
+            return _Run(run_folder, experiment, parts, checkpoint, display).train(requested)
+        finally:
+            parts.close()
+
+
+class _Run:
+    """One sitting of a run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        experiment: Experiment,
+        parts: _Parts,
+        checkpoint: checkpoints.Checkpoint | None,
+        display: bool,
+    ):
+        self.folder, self.experiment, self.parts = folder, experiment, parts
+        self.stage = experiment.stages[-1]
+        barrier = experiment.checkpoint.barrier or parts.inexact_because is not None
+        self.barrier_every = experiment.checkpoint.every if barrier else 0
+        self.seconds_before, offset = 0.0, 0
+        if checkpoint is not None:
+            parts.load_state_dict(checkpoint.state)
+            if hasattr(parts.experience, "put_rows"):
+                checkpoints.load_rows(folder, checkpoint, parts.experience)
+            meta = checkpoint.meta
+            parts.averager.load_state_dict(meta["averager"], parts.runtime.device)
+            self.seconds_before, offset = meta["seconds"], meta["metrics_offset"]
+            checkpoints.discard_after(folder, checkpoint.step)
+        self.log = MetricsLog(
+            folder,
+            experiment.log.to,
+            f"{experiment.name}_seed{experiment.seed}",
+            experiment.to_json(),
+            offset,
+            parts.loop.step,
+        )
+        title = f"{experiment.name} on {self.stage.env.id}"
+        self.display = Display(title, self.stage.steps, parts.loop.step) if display else None
+        if self.display and parts.inexact_because and self.barrier_every:
+            self.display.note(
+                f"{parts.inexact_because}: environments are reset at each checkpoint instead, so "
+                "that a resumed run still equals an uninterrupted one"
+            )
+        self.evaluator = Evaluator(self.stage.env, experiment.evaluation, experiment.seed)
+        self.began = time.monotonic()
+
+    def train(self, requested: list[int]) -> Result:
+        experiment, parts, loop = self.experiment, self.parts, self.parts.loop
+        num_envs = parts.envs.spec.num_envs
+        iterations = online(
+            parts.method,
+            parts.envs,
+            parts.experience,
+            loop,
+            seed=experiment.seed,
+            steps=self.stage.steps,
+            barrier_every=self.barrier_every,
+        )
+        try:
+            for progress in iterations:
+                parts.averager.add(progress.metrics, progress.episodes)
+                step = progress.step
+                if crossed(step, num_envs, experiment.log.every):
+                    self._log_training()
+                if crossed(step, num_envs, experiment.evaluation.every):
+                    self._evaluate()
+                if crossed(step, num_envs, experiment.checkpoint.every):
+                    self._save()
+                elif requested and (self.barrier_every == 0):
+                    self._save()
+                if requested:
+                    raise Interrupted(
+                        f"stopped at step {step:,}; esscher resume {self.folder} goes on"
+                    )
+                if self.display and step % 64 < num_envs:
+                    self.display.update(step)
+            return self._finish()
+        finally:
+            self.log.close()
+            self.evaluator.close()
+            if self.display:
+                self.display.close()
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.began
+
+    def _log_training(self) -> None:
+        loop, row = self.parts.loop, self.parts.averager.drain()
+        for name, value in row.items():
+            if value != value or abs(value) == float("inf"):
+                raise UserError(
+                    f"{name} became {value} at step {loop.step}: training has diverged. Lower the "
+                    f"learning rate, or look at the last rows of {self.folder}/metrics.jsonl"
+                )
+        seconds = self.seconds
+        rate = loop.step / seconds if seconds else 0.0
+        counters = {"phase": "train", "step": loop.step, "updates": loop.num_updates}
+        self.log.append({**counters, "seconds": seconds, "steps_per_second": rate, **row})
+        if self.display and "return" in row:
+            self.display.update(loop.step, f"return {row['return']:,.1f}")
+
+    def _evaluate(self) -> Evaluation:
+        evaluation = self.evaluator(self.parts.method.policy)
+        step = self.parts.loop.step
+        counters = {"phase": "evaluate", "step": step, "seconds": self.seconds}
+        self.log.append({**counters, **evaluation.to_json()})
+        if self.display:
+            self.display.update(step, f"evaluated return {evaluation.mean:,.1f}")
+        self.last_evaluation = (step, evaluation)
+        return evaluation
+
+    def _save(self) -> None:
+        parts = self.parts
+        self.log.sync()
+        exact = parts.inexact_because is None or self.barrier_every > 0
+        meta = {
+            "exact": exact,
+            "exact_because": parts.inexact_because or "every part of the state is saved",
+            "seconds": self.seconds,
+            "metrics_offset": self.log.offset,
+            "averager": parts.averager.state_dict(),
+            "spec": {k: v for k, v in vars(parts.envs.spec).items()},
+        }
+        rows = parts.experience if hasattr(parts.experience, "put_rows") else None
+        keep = self.experiment.checkpoint.keep
+        checkpoints.save(self.folder, parts.loop.step, parts.state_dict(), meta, rows, keep)
+
+    def _finish(self) -> Result:
+        loop = self.parts.loop
+        step, evaluation = getattr(self, "last_evaluation", (None, None))
+        if step != loop.step or evaluation is None:
+            evaluation = self._evaluate()
+        self._save()
+        result = {
+            "status": "finished",
+            "slug": self.experiment.slug,
+            "env": self.stage.env.id,
+            "seed": self.experiment.seed,
+            "steps": loop.step,
+            "updates": loop.num_updates,
+            "seconds": self.seconds,
+            **evaluation.to_json(),
+            "lengths": evaluation.lengths,
+            "esscher_version": __version__,
+            "machine": checkpoints.machine(),
+        }
+        write_atomically(self.folder / "result.json", json.dumps(result, indent=2))
+        finished = read_result(self.folder)
+        assert finished is not None
+        return finished
+
+
+@contextmanager
+def _locked(run_folder: Path) -> Iterator[TextIO]:
+    """Hold a run folder, so that two processes never write one run."""
+    with open(run_folder / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_folder} is in use by another process") from None
+        yield file
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying in the middle of a step."""
+    requested: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, _: Any) -> None:
+        if requested:
+            raise KeyboardInterrupt
+        requested.append(number)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+    except ValueError:
+        pass  # Not in the main thread: whoever started the thread decides.
+    try:
+        yield requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,132 @@
+"""Batch records that travel between environments, experience and methods, and their vocabulary.
+
+Named axes: b batch, n parallel environments, t time, e ensemble, o observation, a action.
+A missing field is an attribute error with a type checker behind it, never a string key.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self, TypeVar, dataclass_transform
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+Metrics = dict[str, Tensor]
+"""What an update reports: name -> 0-d detached tensor, never a number (that would synchronise)."""
+
+
+class Record:
+    """Tensors that share their leading axis."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        lengths = {n: v.shape[0] for n, v in self.fields().items() if isinstance(v, Tensor)}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"{type(self).__name__}: leading axes differ: {lengths}")
+
+    def fields(self) -> dict[str, Any]:
+        """Name -> value, in declaration order."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same record on another device."""
+        return self._map(lambda value: value.to(device))
+
+    def index(self, index: Any) -> Self:
+        """Rows of every field; `index` is whatever a tensor accepts on its leading axis."""
+        return self._map(lambda value: value[index])
+
+    @classmethod
+    def cat(cls, records: Sequence[Self]) -> Self:
+        """Concatenate records of tensors along the leading axis."""
+        names = records[0].fields()
+        return cls(**{name: torch.cat([getattr(r, name) for r in records]) for name in names})
+
+    def __len__(self) -> int:
+        return len(next(iter(self.fields().values())))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        def apply(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: function(item) for name, item in value.items()}
+            return function(value)
+
+        return type(self)(**{name: apply(value) for name, value in self.fields().items()})
+
+
+RecordType = TypeVar("RecordType", bound=type)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def record(cls: RecordType) -> RecordType:
+    """Frozen, slotted, keyword-only dataclass."""
+    return dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(cls)
+
+
+@record
+class Transitions(Record):
+    """Steps of an environment, in any order.
+
+    `terminated` ends the task and stops bootstrapping; `truncated` (a time limit, a reset boundary)
+    only ends the recording, and `next_obs` is then still the observation that the action led to.
+    """
+
+    obs: Float[Tensor, "b *o"]
+    action: Shaped[Tensor, "b *a"]
+    reward: Float[Tensor, "b"]
+    next_obs: Float[Tensor, "b *o"]
+    terminated: Bool[Tensor, "b"]
+    truncated: Bool[Tensor, "b"]
+
+
+@record
+class Rollout(Record):
+    """Consecutive steps of n environments; `extras` holds what the actor said at acting time."""
+
+    obs: Float[Tensor, "t n *o"]
+    action: Shaped[Tensor, "t n *a"]
+    reward: Float[Tensor, "t n"]
+    next_obs: Float[Tensor, "t n *o"]
+    terminated: Bool[Tensor, "t n"]
+    truncated: Bool[Tensor, "t n"]
+    extras: dict[str, Float[Tensor, "t n"]]
+
+
+@record
+class Action(Record):
+    """What an actor does, and what it wants remembered (log-probability, value) with it."""
+
+    value: Shaped[Tensor, "n *a"]
+    extras: dict[str, Float[Tensor, "n"]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a controller has to know of its task.
+
+    Continuous actions are normalised: methods act in [-1, 1] and the adapter rescales to the
+    environment's box, so that entropies and noise levels mean the same on every task.
+    """
+
+    obs_shape: tuple[int, ...]
+    action_shape: tuple[int, ...]
+    num_actions: int | None = None
+    """Number of choices of a discrete action space; None for a box."""
+    action_low: tuple[float, ...] = ()
+    action_high: tuple[float, ...] = ()
+    action_start: int = 0
+    """First label of a discrete action space."""
+    num_envs: int = 1
+
+    @property
+    def obs_dim(self) -> int:
+        return self.obs_shape[0]
+
+    @property
+    def action_dim(self) -> int:
+        """Number of action components; raises for a discrete space."""
+        if self.num_actions is not None:
+            raise ValueError("a discrete action space has no action dimension")
+        return self.action_shape[0]
