@@ -31,18 +31,10 @@ def main() -> None:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command line; the exit status."""
-    arguments = list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        _print_usage()
-        return 0
-    if arguments[0] == "--version":
-        print(f"esscher {__version__}")
-        return 0
-    verb, rest = arguments[0], arguments[1:]
     try:
-        if verb not in VERBS:
-            raise UserError(f"unknown command {verb!r}: {nearest(verb, VERBS)}")
-        return VERBS[verb](rest) or 0
+        status = _dispatch(list(arguments))
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"esscher: {error}", file=sys.stderr)
         return 2
@@ -53,16 +45,34 @@ def run_command(arguments: Sequence[str]) -> int:
         return 0
 
 
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        _print_usage()
+        return 0
+    if arguments[0] == "--version":
+        print(f"esscher {__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        raise UserError(f"unknown command {verb!r}: {nearest(verb, VERBS)}")
+    return VERBS[verb](rest) or 0
+
+
 def _print_usage() -> None:
     print("usage: esscher COMMAND [options]      (esscher COMMAND --help tells more)\n")
     for verb, function in VERBS.items():
         print(f"  {verb:<8} {(function.__doc__ or '').strip().splitlines()[0]}")
-    print("\nStart with: esscher list        or: esscher run sac --env.id Pendulum-v1 --steps 10000")
+    print(
+        "\nStart with: esscher list        or: esscher run sac --env.id Pendulum-v1 --steps 10000"
+    )
 
 
 def _list(arguments: list[str]) -> int:
-    """The catalogue: every method, what it is for, and whether its claim was reproduced."""
-    options = _parse(ListOptions, arguments, "esscher list")
+    """The catalogue, searched by words if given: esscher list [WORD ...] [--family F]."""
+    words = []
+    while arguments and not arguments[0].startswith("-"):
+        words.append(arguments.pop(0))
+    options = _parse(ListOptions, arguments, "esscher list [WORD ...]")
     from rich import box
     from rich.table import Table
 
@@ -75,13 +85,11 @@ def _list(arguments: list[str]) -> int:
             hint = nearest(options.family, sorted(families))
             raise UserError(f"unknown family {options.family!r}: {hint}")
         entries = [entry for entry in entries if entry.family == options.family]
-    if options.words:
-        scores = {entry.slug: _relevance(entry, options.words) for entry in entries}
-        entries = sorted(
-            (e for e in entries if scores[e.slug] > 0), key=lambda e: -scores[e.slug]
-        )
+    if words:
+        scores = {entry.slug: _relevance(entry, words) for entry in entries}
+        entries = sorted((e for e in entries if scores[e.slug] > 0), key=lambda e: -scores[e.slug])
         if not entries:
-            raise UserError(f"no method matches {' '.join(options.words)!r}: esscher list shows all")
+            raise UserError(f"no method matches {' '.join(words)!r}: esscher list shows all")
     for title, baseline in (("Methods", False), ("Baselines", True)):
         chosen = [entry for entry in entries if entry.baseline is baseline]
         if not chosen:
@@ -138,10 +146,13 @@ def _eval(arguments: list[str]) -> int:
     loaded = load(folder, step=options.step)
     stage = loaded.experiment.stages[-1]
     env = stage.env if options.env is None else replace(stage.env, id=options.env)
-    config = EvaluationConfig(
-        episodes=options.episodes, deterministic=not options.stochastic
-    )
-    evaluation = Evaluator(env, config, options.seed)(loaded.policy.policy)
+    config = EvaluationConfig(episodes=options.episodes, deterministic=not options.stochastic)
+    evaluator, wanted = Evaluator(env, config, options.seed), loaded.policy.spec
+    for name in ("obs_shape", "action_shape", "num_actions"):
+        here, there = getattr(wanted, name), getattr(evaluator.spec, name)
+        if here != there:
+            raise UserError(f"{folder} cannot act in {env.id}: {name} is {there}, needs {here}")
+    evaluation = evaluator(loaded.policy.policy)
     if options.json:
         print(json.dumps(evaluation.to_json()))
     else:
@@ -269,8 +280,6 @@ class NoOptions:
 
 @dataclass
 class ListOptions:
-    words: tuple[str, ...] = ()
-    """Words to look for in names, titles, purposes and claims."""
     family: str | None = None
     """Only this family."""
 
@@ -549,7 +558,11 @@ def _relevance(entry: Any, words: Sequence[str]) -> int:
 def _console() -> "Console":
     from rich.console import Console
 
-    return Console()
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # Its own way ends the process with status 1.
+
+    return Plain()
 
 
 if __name__ == "__main__":

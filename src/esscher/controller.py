@@ -1,5 +1,6 @@
 """A trained policy as its user wants it: observations in, actions of the environment out."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ class Controller(nn.Module):
         self.register_buffer("low", torch.tensor(spec.action_low))
         self.register_buffer("high", torch.tensor(spec.action_high))
 
-    def forward(self, obs: Float[Tensor, "b o"], deterministic: bool = True) -> Shaped[Tensor, "b *a"]:
+    def forward(
+        self, obs: Float[Tensor, "b o"], deterministic: bool = True
+    ) -> Shaped[Tensor, "b *a"]:
         """Actions in the environment's own units (or labels)."""
         distribution = self.policy(obs)
         action = distribution.mode() if deterministic else distribution.sample()
         if self.spec.num_actions is not None:
             return action + self.spec.action_start
-        return self.low + (action.clamp(-1, 1) + 1) * 0.5 * (self.high - self.low)
+        native = self.low + (action.clamp(-1, 1) + 1) * 0.5 * (self.high - self.low)
+        return native.clamp(self.low, self.high)  # The sum may round to just outside.
 
     @torch.no_grad()
     def predict(
@@ -52,7 +56,8 @@ class Controller(nn.Module):
             deterministic: the mode of the policy, else a sample.
         """
         observation = np.asarray(observation)
-        single = observation.size == self.spec.obs_dim
+        batch_of_one = observation.ndim > 1 and len(observation) == 1
+        single = observation.size == self.spec.obs_dim and not batch_of_one
         device = next(self.parameters()).device
         flat = observation.reshape(1 if single else len(observation), -1).astype(np.float32)
         if flat.shape[1] != self.spec.obs_dim:
@@ -69,7 +74,7 @@ class Controller(nn.Module):
             ImportError: onnxscript is not installed (pip install "esscher[export]").
         """
         example = torch.zeros(2, self.spec.obs_dim)
-        module = self.cpu().eval()
+        module = copy.deepcopy(self).cpu().eval()
         torch.onnx.export(
             module,
             (example,),

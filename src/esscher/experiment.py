@@ -1,6 +1,7 @@
 """Everything that defines a run, as plain typed data with a strict JSON round trip."""
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field, replace
@@ -116,6 +117,9 @@ class Experiment:
     def __post_init__(self) -> None:
         require("seed", self.seed, 0 <= self.seed < 2**63, "in [0, 2**63)")
         require("stages", self.stages, len(self.stages) >= 1, "at least one stage")
+        kinds = {**typing.get_type_hints(type(self)), "method": type(self.method)}
+        for name, value in vars(self).items():
+            _decode(kinds[name], _encode(value), name)
 
     @classmethod
     def of(
@@ -203,7 +207,8 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
     elif origin is dict and isinstance(value, dict):
         return {key: _decode(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        if math.isfinite(value):
+            return float(value)
     elif kind is types.NoneType and value is None:
         return None
     elif isinstance(kind, type) and type(value) is kind:

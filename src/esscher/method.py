@@ -1,7 +1,7 @@
 """What a method is: one flat class in one file, known to the loops by three small protocols."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, Shaped
@@ -35,10 +35,8 @@ class Paper:
 class Method(Stateful):
     """Base of every method: its state is collected by attribute name. There are no hooks.
 
-    A subclass sets `Config` and takes `(cfg, spec, runtime)`; nothing inherits from a method.
+    A subclass names its `Config` and takes `(cfg, spec, runtime)`; nothing inherits from a method.
     """
-
-    Config: ClassVar[type]
 
     def __init__(self, cfg: Any, spec: Spec, runtime: Runtime):
         self.cfg, self.spec, self.runtime = cfg, spec, runtime

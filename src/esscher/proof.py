@@ -1,8 +1,10 @@
 """A paper's central claim in miniature, as data: what runs, what is measured, what must hold."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from esscher.experiment import Experiment
 
@@ -29,8 +31,8 @@ class Claim:
     statement: str
     arms: Mapping[str, Callable[[int], Experiment]]
     """Name -> experiment of a seed; the method and what it is compared with."""
-    measure: Callable[[Path], Mapping[str, float]]
-    """Finished run folder -> figures."""
+    measure: Callable[["FinishedRun"], Mapping[str, float]]
+    """Finished run -> figures."""
     judge: Callable[[Figures], Sequence[Check]]
     num_seeds: int = 3
 
@@ -44,15 +46,36 @@ class Proof:
     """What a reader should know: deviations from the sheet and why."""
 
 
-def returns_of(run: Path) -> dict[str, float]:
-    """The usual figure: mean return of the last evaluation."""
-    from esscher.runtime.run import read_result
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a claim may read of a run."""
 
-    result = read_result(run)
-    assert result is not None
-    return {"return": result.evaluation.mean}
+    folder: Path
+
+    @property
+    def experiment(self) -> Experiment:
+        from esscher.runtime.run import read_experiment
+
+        return read_experiment(self.folder)
+
+    @property
+    def learner(self) -> Any:
+        """The trained method, from the last checkpoint."""
+        from esscher.runtime.load import load
+
+        return load(self.folder).method
+
+    def rows(self, phase: str) -> list[dict[str, Any]]:
+        """Metrics rows of a phase, "train" or "evaluate"."""
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [row for row in map(json.loads, lines) if row["phase"] == phase]
+
+
+def returns_of(run: FinishedRun) -> dict[str, float]:
+    """The usual figure: mean return of the last evaluation."""
+    return {"return": run.rows("evaluate")[-1]["return_mean"]}
 
 
 def within(name: str, value: float, low: float, high: float) -> Check:
-    """low < value < high."""
+    """Low < value < high."""
     return Check(name, value, f"{low:g} < x < {high:g}", low < value < high)

@@ -41,10 +41,8 @@ class Entry:
 @cache
 def catalogue() -> dict[str, Entry]:
     """Slug -> entry, papers first, each kind in alphabetical order."""
-    entries = []
-    for path in sorted(METHODS.glob("*/*.py")):
-        if not path.name.startswith("_"):
-            entries.append(Entry(path.stem, path.parent.name, _read_paper(path)))
+    paths = (path for path in METHODS.glob("*/*.py") if not path.name.startswith("_"))
+    entries = [Entry(path.stem, path.parent.name, _read_paper(path)) for path in paths]
     return {e.slug: e for e in sorted(entries, key=lambda e: (e.baseline, e.slug))}
 
 
@@ -96,6 +94,7 @@ def recipes(slug: str) -> dict[str, Any]:
         name: value
         for name, value in vars(module).items()
         if callable(value)
+        and not name.startswith("_")
         and getattr(value, "__module__", None) == module.__name__
         and getattr(value, "__annotations__", {}).get("return") is module.Experiment
     }

@@ -28,7 +28,8 @@ class Record:
 
     def fields(self) -> dict[str, Any]:
         """Name -> value, in declaration order."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str) -> Self:
         """The same record on another device."""

@@ -110,7 +110,7 @@ def test_page_says_what_was_found(comparison):
     for name in ("critic_loss", "method.lr", "method.bias", "esscher 0.1.0", "device cpu"):
         assert name in text
     assert f"esscher resume {comparison / 'going'}" in text
-    assert "esscher compare dsac_t sac td3 --seeds 10" in text
+    assert "esscher compare dsac_t sac td3 --env.id Hopper-v5 --steps 100000 --seeds 10" in text
     assert "--to onnx" in text and "esscher eval" in text
 
 

@@ -6,6 +6,7 @@ the first one of the next episode.
 """
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -56,25 +57,34 @@ class Environments:
 
     def __init__(self, config: EnvConfig, seed: int, phase: Phase = Phase.RESET):
         self.config, self._seed, self._phase = config, seed, phase
-        makers = [_maker(config)] * config.num
-        if config.parallel:
-            self._envs: Any = AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
-        else:
-            self._envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+        self._envs = _vectorise(config)
         self.spec = _spec(config, self._envs)
-        self._low = np.asarray(self.spec.action_low, np.float32)
-        self._high = np.asarray(self.spec.action_high, np.float32)
         self._action_space = self._envs.single_action_space
+        self._inexact_because = self.inexact_because()
+        self._made = self._envs.get_attr("snapshot")
+        self._used = False
         self._returns = np.zeros(config.num)
         self._lengths = np.zeros(config.num, np.int64)
 
     def reset(self, iteration: int) -> NDArray[np.float32]:
-        """Start every copy afresh, from seeds that follow from (run seed, iteration, copy)."""
+        """Start every copy as if just made, from seeds that follow from (run seed, iteration, copy).
+
+        What an environment carries over its own resets (a curriculum, running statistics) is undone
+        too, or the result would depend on how often, and in which sitting, this was called.
+        """
+        if self._used and self._inexact_because:
+            self._envs.close()
+            self._envs = _vectorise(self.config)
+        elif self._used:
+            self._envs.set_attr("snapshot", self._made)
+        self._used = True
         seeds = [mix(self._seed, iteration, self._phase, k) % 2**31 for k in range(self.config.num)]
         obs, _ = self._envs.reset(seed=seeds)
         self._check_obs(obs)
         self._returns[:], self._lengths[:] = 0.0, 0
-        return _float32(obs)
+        obs = _float32(obs)
+        self._check_finite(obs, "a first observation", iteration)
+        return obs
 
     def random_actions(self) -> torch.Tensor:
         """Uniform in [-1, 1], or uniform choices, by torch's default generator."""
@@ -84,25 +94,22 @@ class Environments:
 
     def step(self, action: torch.Tensor, step: int) -> Outcome:
         """Act in every copy; `step` (environment steps so far) only names the place in errors."""
-        obs, reward, terminated, truncated, info = self._envs.step(self.to_native(action))
-        if not np.isfinite(reward).all():
-            copy = int(np.flatnonzero(~np.isfinite(reward))[0])
+        native = self.to_native(action)
+        if not np.isfinite(native).all():
             raise UserError(
-                f"{self.config.id} returned the reward {reward[copy]} at step {step} in environment "
-                f"{copy}: rewards must be finite"
+                f"the policy's action at step {step} is not finite: training has diverged. Lower the "
+                "learning rate, or look at the last rows of metrics.jsonl"
             )
+        obs, reward, terminated, truncated, info = self._envs.step(native)
+        self._check_finite(reward, "a reward", step)
         obs = next_obs = _float32(obs)
         ended = terminated | truncated
         if ended.any():
             next_obs = obs.copy()
             for copy in np.flatnonzero(ended):
                 next_obs[copy] = info["final_obs"][copy]
-        if not np.isfinite(next_obs).all():
-            copy = int(np.flatnonzero(~np.isfinite(next_obs).all(-1))[0])
-            raise UserError(
-                f"{self.config.id} returned an observation that is not finite at step {step} in "
-                f"environment {copy}"
-            )
+            self._check_finite(obs, "a first observation", step)
+        self._check_finite(next_obs, "an observation", step)
         self._returns += reward
         self._lengths += 1
         episodes = [(float(self._returns[k]), int(self._lengths[k])) for k in np.flatnonzero(ended)]
@@ -121,9 +128,11 @@ class Environments:
         value = action.detach().cpu().numpy()
         if self.spec.num_actions is not None:
             return value + self.spec.action_start
-        share = (np.clip(value, -1, 1) + 1) * 0.5
-        native = (self._low + share * (self._high - self._low)).astype(self._action_space.dtype)
-        return native.reshape(len(value), *self._action_space.shape)
+        box = self._action_space
+        value = np.clip(value, -1, 1).reshape(len(value), *box.shape)
+        native = box.low + (value + 1) * 0.5 * (box.high - box.low)
+        # Clipped again, because the sum may round to just outside.
+        return np.clip(native, box.low, box.high).astype(box.dtype)
 
     def inexact_because(self) -> str | None:
         """Why the state of these environments cannot be saved exactly; None if it can."""
@@ -157,6 +166,15 @@ class Environments:
         """Release the environments and their processes."""
         self._envs.close()
 
+    def _check_finite(self, values: NDArray[Any], what: str, step: int) -> None:
+        finite = np.isfinite(values)
+        if not finite.all():
+            copy = int(np.argwhere(~finite)[0][0])
+            raise UserError(
+                f"{self.config.id} returned {what} that is not finite at step {step} in environment "
+                f"{copy}: {values[copy]}"
+            )
+
     def _check_obs(self, obs: NDArray[Any]) -> None:
         if not isinstance(obs, np.ndarray) or obs.dtype.kind not in "fiub":
             raise UserError(
@@ -175,6 +193,7 @@ def make(config: EnvConfig) -> gymnasium.Env[Any, Any]:
         env = _from_factory(config)
     else:
         limit = {"max_episode_steps": config.max_episode_steps}
+        _keep_mujoco_quiet(config.id)
         options = {**config.kwargs, **({} if config.max_episode_steps is None else limit)}
         try:
             env = gymnasium.make(config.id, **options)
@@ -194,6 +213,16 @@ def make(config: EnvConfig) -> gymnasium.Env[Any, Any]:
     return env
 
 
+def _keep_mujoco_quiet(name: str) -> None:
+    """Send MuJoCo's warnings to logging, instead of a MUJOCO_LOG.TXT in the working folder."""
+    if "mujoco" in str(getattr(gymnasium.registry.get(name), "entry_point", "")):
+        import mujoco as library
+
+        mujoco: Any = library
+        if hasattr(mujoco, "set_mju_user_warning"):
+            mujoco.set_mju_user_warning(logging.getLogger("esscher.mujoco").info)
+
+
 def _from_factory(config: EnvConfig) -> gymnasium.Env[Any, Any]:
     module_name, _, factory_name = config.id.partition(":")
     if os.getcwd() not in sys.path:
@@ -205,12 +234,20 @@ def _from_factory(config: EnvConfig) -> gymnasium.Env[Any, Any]:
             f"environment {config.id!r} cannot be imported: {error}. Write module:factory, with the "
             "module importable from the working folder"
         ) from error
-    env = factory(**config.kwargs)
+    try:
+        env = factory(**config.kwargs)
+    except TypeError as error:
+        raise UserError(f"environment {config.id!r} cannot be made: {error}") from error
     if not isinstance(env, gymnasium.Env):
         raise UserError(f"{config.id!r} returned a {type(env).__name__}, not a gymnasium.Env")
     if config.max_episode_steps is not None:
         env = gymnasium.wrappers.TimeLimit(env, config.max_episode_steps)
     return env
+
+
+def _vectorise(config: EnvConfig) -> Any:
+    kind = AsyncVectorEnv if config.parallel else SyncVectorEnv
+    return kind([_maker(config)] * config.num, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def _maker(config: EnvConfig) -> Callable[[], gymnasium.Env[Any, Any]]:
@@ -258,4 +295,3 @@ def _spec(config: EnvConfig, envs: Any) -> Spec:
 
 def _float32(obs: NDArray[Any]) -> NDArray[np.float32]:
     return obs.astype(np.float32)
-

@@ -28,5 +28,6 @@ class Categorical:
         return self.logits.gather(-1, x.long().unsqueeze(-1)).squeeze(-1)
 
     def entropy(self) -> Float[Tensor, "b"]:
-        probabilities = self.logits.exp()
-        return -torch.where(probabilities > 0, probabilities * self.logits, 0.0).sum(-1)
+        # Finite logits, because 0 * -inf has no value and no gradient.
+        finite = self.logits.clamp_min(torch.finfo(self.logits.dtype).min)
+        return -(self.logits.exp() * finite).sum(-1)

@@ -52,7 +52,7 @@ class TanhNormal:
         self.mean, self.log_std = mean, log_std
 
     def mode(self) -> Float[Tensor, "b d"]:
-        """tanh of the mean: the median, taken as the deterministic action."""
+        """Tanh of the mean: the median, taken as the deterministic action."""
         return torch.tanh(self.mean)
 
     def sample(self) -> Float[Tensor, "b d"]:

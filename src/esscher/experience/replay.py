@@ -86,9 +86,7 @@ class Replay(Stateful):
         """Rows drawn uniformly with replacement by torch's default generator."""
         device = self._columns[0].device
         index = torch.randint(len(self), (size,), device=device)
-        return Transitions(
-            **{n: c.index_select(0, index) for n, c in self._rows.fields().items()}
-        )
+        return Transitions(**{n: c.index_select(0, index) for n, c in self._rows.fields().items()})
 
     def rows(self, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
         """Rows number start to stop (counted from the first ever added), as views, in pieces."""

@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from esscher.errors import UserError
+
 Activation = Literal["relu", "gelu", "tanh", "elu", "silu"]
 
 
@@ -27,7 +29,7 @@ class _ReluFromOutput(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore
         (y,) = ctx.saved_tensors
         return gradient * y.sign()
 
@@ -70,7 +72,9 @@ class MLP(nn.Module):
     ):
         super().__init__()
         if len(sizes) < 2 or min(sizes) < 1:
-            raise ValueError(f"MLP sizes must be two or more positive widths, got {list(sizes)}")
+            raise UserError(
+                f"hidden: MLP sizes must be two or more positive widths, got {list(sizes)}"
+            )
         self.ensemble = ensemble
         self.activation = ACTIVATIONS[activation]
         lead = () if ensemble is None else (ensemble,)

@@ -250,8 +250,13 @@ def _commands(runs: Sequence[RunRecord], every: Sequence[Ranking]) -> list[tuple
         *commands,
         (f"Evaluate {best.name}, seed {best.seed}, again", f"esscher eval {_path(best)}"),
         ("Take its policy to another tool", f"esscher export {_path(best)} --to onnx"),
-        ("Learn more with more seeds", f"esscher compare {slugs} --seeds 10"),
+        ("Learn more with more seeds", f"esscher compare {slugs} {_task(best)} --seeds 10"),
     ]
+
+
+def _task(run: RunRecord) -> str:
+    steps = run.config["stages"][-1]["steps"]
+    return f"--env.id {shlex.quote(run.env)} --steps {steps}"
 
 
 def _path(run: RunRecord) -> str:

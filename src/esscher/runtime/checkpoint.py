@@ -94,7 +94,9 @@ def save(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         last = steps(run)
-        kept = f"the last complete checkpoint is step {last[-1]}" if last else "none is complete yet"
+        kept = (
+            f"the last complete checkpoint is step {last[-1]}" if last else "none is complete yet"
+        )
         raise UserError(
             f"no space left to write the checkpoint of step {step} under {run}: {kept}; free some "
             f"space, then esscher resume {run}"
@@ -140,7 +142,7 @@ def discard_after(run: Path, step: int) -> None:
     """Remove the checkpoints that are newer than `step`, when a run goes back to an older one."""
     for newer in steps(run):
         if newer > step:
-            shutil.rmtree(run / "checkpoints" / f"step_{newer:09d}")
+            _remove(run, newer)
 
 
 def load_rows(run: Path, checkpoint: Checkpoint, rows: Rows) -> None:
@@ -197,7 +199,7 @@ def _save_rows(run: Path, rows: Rows) -> list[dict[str, Any]]:
 def _prune(run: Path, keep: int) -> None:
     available = steps(run)
     for step in available[:-keep]:
-        shutil.rmtree(run / "checkpoints" / f"step_{step:09d}")
+        _remove(run, step)
     needed = set()
     for step in available[-keep:]:
         manifest = _read_manifest(run / "checkpoints" / f"step_{step:09d}" / "manifest.json", "")
@@ -207,11 +209,19 @@ def _prune(run: Path, keep: int) -> None:
             path.unlink()
 
 
+def _remove(run: Path, step: int) -> None:
+    """Rename first, so that a kill half-way never leaves half a checkpoint under its name."""
+    removing = run / "checkpoints" / ".removing"
+    shutil.rmtree(removing, ignore_errors=True)
+    os.replace(run / "checkpoints" / f"step_{step:09d}", removing)
+    shutil.rmtree(removing)
+
+
 def _read_manifest(path: Path, remedy: str) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         whole = manifest.pop("manifest_digest") == _digest_of(manifest)
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         whole, manifest = False, {}
     if not whole:
         raise UserError(f"{path} is damaged (its digest does not match); {remedy}".rstrip("; "))
@@ -223,17 +233,22 @@ def _read_verified(path: Path, digest: str, remedy: str) -> bytes:
         payload = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {remedy}".rstrip("; ")) from None
-    if payload[:1] == b"\x80" or payload[:4] == b"PK\x03\x04":
-        raise UserError(
-            f"{path} is a pickle, which could run code when loaded: Esscher reads safetensors only"
-        )
     if hashlib.sha256(payload).hexdigest() != digest:
+        if _is_pickle(payload):
+            raise UserError(
+                f"{path} is a pickle, which could run code when loaded: Esscher reads safetensors only"
+            )
         raise UserError(f"{path} is damaged (its digest does not match); {remedy}".rstrip("; "))
     try:
         load_tensors(payload)
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from error
     return payload
+
+
+def _is_pickle(payload: bytes) -> bool:
+    # A safetensors file may start with 0x80 too, but its first eight bytes are a small number.
+    return payload[:4] == b"PK\x03\x04" or (payload[:1] == b"\x80" and any(payload[4:8]))
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from esscher.errors import UserError
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 COMPILE_PAYS_FROM = 20_000
-"""Environment steps below which compiling (10 to 40 seconds at the start) costs more than it saves."""
+"""Environment steps below which compiling (10 to 40 seconds) costs more than it saves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,8 @@ def _autocast(function: Function, device_type: str) -> Function:
 
 
 def _compile_or_fall_back(function: Function) -> Function:
+    from torch._dynamo.exc import BackendCompilerFailed
+
     compiled = torch.compile(function, dynamic=False, options={"fallback_random": True})
     state = {"checked": False, "call": compiled}
 
@@ -108,7 +110,7 @@ def _compile_or_fall_back(function: Function) -> Function:
             return state["call"](*args, **kwargs)
         try:
             result = compiled(*args, **kwargs)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except BackendCompilerFailed as error:
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"torch.compile failed, running eagerly instead: {reason}", stacklevel=2)
             state["call"] = function

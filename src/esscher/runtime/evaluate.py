@@ -52,6 +52,7 @@ class Evaluator:
         )
         self.config, self._seed = config, seed
         self._envs = Environments(copies, seed, Phase.EVALUATE)
+        self.spec = self._envs.spec
 
     def __call__(self, policy: nn.Module) -> Evaluation:
         """Run one episode in each environment."""

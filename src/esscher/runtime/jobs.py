@@ -4,6 +4,7 @@ A job is only a folder with a config.json, so a killed job is simply resumed, on
 jobs: processes of this machine, or Ray tasks here or on a cluster.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -170,7 +171,12 @@ def _ray_starter(address: str | None) -> Callable[[Path], _Job]:
     except ImportError:
         raise UserError('sweeps on Ray need it installed: pip install "esscher[scale]"') from None
     if not ray.is_initialized():
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(
+            address=address,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
 
     def start(folder: Path) -> _Job:
         threads = read_experiment(folder).runtime.threads

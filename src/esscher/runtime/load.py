@@ -36,7 +36,9 @@ def load(directory: str | Path, *, step: int | None = None) -> Loaded:
     folder = Path(directory)
     experiment = read_experiment(folder)
     checkpoint = checkpoints.load(folder, step)
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint.meta["spec"].items()}
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint.meta["spec"].items()
+    }
     spec = Spec(**fields)
     method = load_method(experiment.slug)(experiment.method, spec, Runtime())
     method.load_state_dict(under("method", checkpoint.state))

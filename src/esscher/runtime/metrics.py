@@ -35,7 +35,7 @@ class Averager:
                     self._sums[name] += value
                     self._counts[name] += 1
                 else:
-                    self._sums[name] = value.detach().clone()
+                    self._sums[name] = value.detach().float().clone()
                     self._counts[name] = 1
         self._episodes += episodes
 
@@ -86,7 +86,13 @@ class MetricsLog:
     ):
         check_trackers(to)
         self._file = open(run / "metrics.jsonl", "ab")  # noqa: SIM115
+        if self._file.tell() < offset:
+            raise UserError(
+                f"{run}/metrics.jsonl has {self._file.tell()} bytes, but the checkpoint of step "
+                f"{step} was written after {offset}: put the file back, or use an older --step"
+            )
         self._file.truncate(offset)
+        self._file.seek(offset)
         self._trackers = [_TRACKERS[tracker](run, name, config, step) for tracker in to]
 
     @property
@@ -128,7 +134,9 @@ class _TensorBoard:
     def __init__(self, run: Path, name: str, config: dict[str, Any], step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(
+            str(run / "tensorboard"), purge_step=step + 1 if step else None
+        )
 
     def log(self, scalars: dict[str, float], step: int) -> None:
         for name, value in scalars.items():

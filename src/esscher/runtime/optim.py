@@ -1,5 +1,6 @@
 """One object between a loss and its parameters: backward, clipping, fused step."""
 
+# pyright: reportPrivateImportUsage=false
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -28,7 +29,7 @@ class Optim(Stateful):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[Tensor],
         learning_rate: float,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -81,7 +82,7 @@ class Optim(Stateful):
 
 @torch.no_grad()
 def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """target <- (1 - tau) target + tau source, in one fused call."""
+    """Target <- (1 - tau) target + tau source, in one fused call."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 

@@ -1,4 +1,4 @@
-"""Run a proof and write its record: all figures of all seeds, the verdict, where it was measured."""
+"""Run a proof and write its record: figures of all seeds, verdict, where it was measured."""
 
 import json
 import subprocess
@@ -11,12 +11,12 @@ from typing import Any
 
 from esscher import __version__
 from esscher.errors import UserError, nearest
-from esscher.proof import Claim, Proof
+from esscher.proof import Claim, FinishedRun, Proof
 from esscher.registry import find, load_module
 from esscher.report.proof_figure import write_proof_figure
 from esscher.runtime.checkpoint import machine, write_atomically
 from esscher.runtime.device import available_processors
-from esscher.runtime.sweep import sweep
+from esscher.runtime.sweep import run_folder, sweep
 
 
 def prove(
@@ -89,10 +89,10 @@ def _try(
     figures: dict[str, dict[str, list[float]]] = {}
     curves: dict[str, dict[str, list[Any]]] = {}
     for name, runs in experiments.items():
-        folders = [root / e.name.replace("/", "_") / f"seed_{e.seed}" for e in runs]
-        measured = [dict(claim.measure(folder)) for folder in folders]
+        finished = [FinishedRun(run_folder(root, e)) for e in runs]
+        measured = [dict(claim.measure(run)) for run in finished]
         figures[name] = {key: [m[key] for m in measured] for key in measured[0]}
-        curves[name] = _curves(folders)
+        curves[name] = _curves(finished)
     checks = claim.judge(figures)
     return {
         "name": claim.name,
@@ -106,19 +106,14 @@ def _try(
     }
 
 
-def _curves(folders: Sequence[Path]) -> dict[str, list[Any]]:
-    steps: list[int] = []
-    returns: list[list[float]] = []
-    for folder in folders:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if row["phase"] == "evaluate"]
-        steps = [row["step"] for row in rows]
-        returns.append([row["return_mean"] for row in rows])
-    return {"steps": steps, "returns": returns}
+def _curves(runs: Sequence[FinishedRun]) -> dict[str, list[Any]]:
+    rows = [run.rows("evaluate") for run in runs]
+    steps = [row["step"] for row in rows[0]]
+    return {"steps": steps, "returns": [[row["return_mean"] for row in one] for one in rows]}
 
 
 def _commit() -> str:
-    """The commit of the code, with a plus sign if the tree has changes; unknown outside a checkout."""
+    """Commit of the code, with a plus sign if the tree has changes; unknown outside git."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(
@@ -134,5 +129,3 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+" if changed else "")
-
-

@@ -35,7 +35,7 @@ def mix(*counters: int) -> int:
 
 
 def seed_phase(seed: int, iteration: int, phase: Phase, rank: int = 0) -> None:
-    """Reseed torch's default generators, object by object (torch.manual_seed costs 100 times more)."""
+    """Reseed torch's default generators directly (torch.manual_seed costs 100 times more)."""
     value = mix(seed, rank, iteration, phase)
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_available() and torch.cuda.is_initialized():

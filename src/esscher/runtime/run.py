@@ -64,9 +64,7 @@ def run(
     return _train(run_folder, None, display)
 
 
-def resume(
-    directory: str | Path, *, step: int | None = None, display: bool = True
-) -> Result:
+def resume(directory: str | Path, *, step: int | None = None, display: bool = True) -> Result:
     """Continue a run exactly where its newest checkpoint (or that of `step`) left it.
 
     A run that was killed before its first checkpoint starts again from its beginning, which is the
@@ -76,6 +74,7 @@ def resume(
         UserError: not a run folder, a damaged checkpoint, or one of another version.
     """
     run_folder = Path(directory)
+    read_experiment(run_folder)  # Whatever is wrong with the folder is said first.
     result = read_result(run_folder)
     if result is not None and step is None:
         return result
@@ -189,9 +188,7 @@ class _Parts:
         self.envs.close()
 
 
-def _train(
-    run_folder: Path, checkpoint: checkpoints.Checkpoint | None, display: bool
-) -> Result:
+def _train(run_folder: Path, checkpoint: checkpoints.Checkpoint | None, display: bool) -> Result:
     experiment = read_experiment(run_folder)
     with _locked(run_folder), _stop_requests() as requested:
         parts = _Parts(experiment)
@@ -224,6 +221,9 @@ class _Run:
             meta = checkpoint.meta
             parts.averager.load_state_dict(meta["averager"], parts.runtime.device)
             self.seconds_before, offset = meta["seconds"], meta["metrics_offset"]
+            if meta["evaluation"] is not None:
+                self.last_evaluation = (checkpoint.step, Evaluation(**meta["evaluation"]))
+            (folder / "result.json").unlink(missing_ok=True)
             checkpoints.discard_after(folder, checkpoint.step)
         self.log = MetricsLog(
             folder,
@@ -263,9 +263,8 @@ class _Run:
                     self._log_training()
                 if crossed(step, num_envs, experiment.evaluation.every):
                     self._evaluate()
-                if crossed(step, num_envs, experiment.checkpoint.every):
-                    self._save()
-                elif requested and (self.barrier_every == 0):
+                due = crossed(step, num_envs, experiment.checkpoint.every)
+                if due or (requested and self.barrier_every == 0):
                     self._save()
                 if requested:
                     raise Interrupted(
@@ -313,13 +312,15 @@ class _Run:
         parts = self.parts
         self.log.sync()
         exact = parts.inexact_because is None or self.barrier_every > 0
+        step, evaluation = getattr(self, "last_evaluation", (None, None))
         meta = {
             "exact": exact,
             "exact_because": parts.inexact_because or "every part of the state is saved",
             "seconds": self.seconds,
             "metrics_offset": self.log.offset,
             "averager": parts.averager.state_dict(),
-            "spec": {k: v for k, v in vars(parts.envs.spec).items()},
+            "evaluation": vars(evaluation) if evaluation and step == parts.loop.step else None,
+            "spec": dict(vars(parts.envs.spec)),
         }
         rows = parts.experience if hasattr(parts.experience, "put_rows") else None
         keep = self.experiment.checkpoint.keep

@@ -46,7 +46,10 @@ def under(prefix: str, state: State) -> State:
 
 def check_names(expected: State, found: State, owner: str) -> None:
     """Raise unless both states have the same names and the tensors the same shapes."""
-    missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    missing, surplus = (
+        sorted(expected.keys() - found.keys()),
+        sorted(found.keys() - expected.keys()),
+    )
     if missing or surplus:
         raise ValueError(f"{owner}: state does not fit: missing {missing}, unexpected {surplus}")
     for name, value in expected.items():

@@ -41,15 +41,13 @@ def sweep(
     Raises:
         UserError: a folder under root holds a run with other settings.
     """
-    folders = [root / e.name.replace("/", "_") / f"seed_{e.seed}" for e in experiments]
+    folders = [run_folder(root, e) for e in experiments]
     if len(set(folders)) < len(folders):
         raise UserError("two experiments have the same name and seed: give them labels")
     for experiment, folder in zip(experiments, folders, strict=True):
         _prepare(experiment, folder)
     if not display:
-        return run_all(
-            folders, workers=workers, engine=engine, address=address, retries=retries
-        )
+        return run_all(folders, workers=workers, engine=engine, address=address, retries=retries)
     with _SweepDisplay(root, folders) as shown:
         return run_all(
             folders,
@@ -59,6 +57,11 @@ def sweep(
             retries=retries,
             report=shown.report,
         )
+
+
+def run_folder(root: Path, experiment: Experiment) -> Path:
+    """Where a sweep keeps a run."""
+    return root / experiment.name.replace("/", "_") / f"seed_{experiment.seed}"
 
 
 def grid(experiment: Experiment, settings: Sequence[str], seeds: Iterable[int]) -> list[Experiment]:

@@ -1,0 +1,138 @@
+"""One optimiser step against torch.optim, and who receives a gradient."""
+
+import pytest
+import torch
+from torch import nn
+
+from esscher.nn.mlp import MLP
+from esscher.runtime.optim import Optim, frozen, polyak
+
+
+def pair() -> tuple[MLP, MLP]:
+    torch.manual_seed(0)
+    first = MLP((3, 8, 2))
+    second = MLP((3, 8, 2))
+    second.load_state_dict(first.state_dict())
+    return first, second
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05, 1e3])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9)])
+def test_equals_torch_step_for_step(
+    weight_decay: float, max_grad_norm: float | None, betas: tuple[float, float]
+) -> None:
+    ours, theirs = pair()
+    mine = Optim(
+        ours.parameters(),
+        3e-2,
+        betas=betas,
+        epsilon=1e-5,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+    )
+    kind = torch.optim.AdamW if weight_decay else torch.optim.Adam
+    reference = kind(theirs.parameters(), 3e-2, betas, 1e-5, weight_decay)
+    for step in range(12):
+        x = torch.randn(16, 3, generator=torch.Generator().manual_seed(step)) * (1 + step)
+        mine.minimize(ours(x).square().mean())
+        reference.zero_grad()
+        theirs(x).square().mean().backward()
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(theirs.parameters(), max_grad_norm)
+        reference.step()
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_no_other_network_receives_a_gradient() -> None:
+    ours, other = pair()
+    optim = Optim(ours.parameters(), 1e-3)
+    before = [p.clone() for p in other.parameters()]
+    marker = torch.full_like(next(other.parameters()), 7.0)
+    next(other.parameters()).grad = marker
+    x = torch.randn(4, 3, requires_grad=True)
+    optim.minimize((ours(x) * other(x)).sum())
+    gradients = [p.grad for p in other.parameters()]
+    assert gradients[0] is marker and marker.eq(7).all()
+    assert all(gradient is None for gradient in gradients[1:]) and x.grad is None
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+
+
+def test_gradients_do_not_accumulate_between_steps() -> None:
+    ours, _ = pair()
+    optim = Optim(ours.parameters(), 1e-3)
+    x = torch.randn(4, 3)
+    expected = torch.autograd.grad(ours(x).sum(), list(ours.parameters()))
+    for parameter in ours.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optim.minimize(ours(x).sum())
+    for parameter, gradient in zip(ours.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_a_parameter_that_the_loss_does_not_reach_stays() -> None:
+    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    Optim([used, unused], 0.1).minimize(used.sum())
+    assert torch.equal(unused, torch.ones(2)) and not torch.equal(used, torch.ones(2))
+
+
+def test_state_continues_exactly() -> None:
+    first, second = pair()
+    one, two = Optim(first.parameters(), 1e-2), Optim(second.parameters(), 1e-3)
+    x = torch.randn(4, 3)
+    for _ in range(3):
+        one.minimize(first(x).square().sum())
+        two.minimize(second(x).sum())
+    second.load_state_dict(first.state_dict())
+    two.load_state_dict(
+        {k: v.clone() if torch.is_tensor(v) else v for k, v in one.state_dict().items()}
+    )
+    for _ in range(3):
+        one.minimize(first(x).square().sum())
+        two.minimize(second(x).square().sum())
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="no parameters"):
+        Optim([], 1e-3)
+    with pytest.raises(ValueError, match="learning_rate"):
+        Optim([nn.Parameter(torch.ones(1))], 0.0)
+
+
+def test_polyak_moves_the_share_tau() -> None:
+    target, source = pair()
+    for parameter in source.parameters():
+        parameter.data.add_(1.0)
+    before = [p.clone() for p in target.parameters()]
+    kept = [p.clone() for p in source.parameters()]
+    polyak(target, source, 0.25)
+    for now, old, new in zip(target.parameters(), before, kept, strict=True):
+        torch.testing.assert_close(now.data, 0.75 * old + 0.25 * new)
+    assert all(torch.equal(a, b) for a, b in zip(kept, source.parameters(), strict=True))
+    polyak(target, source, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(target.parameters(), kept, strict=True))
+
+
+def test_frozen_stops_parameters_but_not_inputs() -> None:
+    ours, other = pair()
+    next(other.parameters()).requires_grad_(False)
+    x = torch.randn(4, 3, requires_grad=True)
+    with frozen(ours, other):
+        loss = (ours(x) + other(x)).sum()
+        assert not any(p.requires_grad for p in ours.parameters())
+    loss.backward()
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is None for p in ours.parameters())
+    assert all(p.requires_grad for p in ours.parameters())
+    assert [p.requires_grad for p in other.parameters()] == [False, True, True, True]
+
+
+def test_frozen_thaws_after_an_error() -> None:
+    ours, _ = pair()
+    with pytest.raises(RuntimeError), frozen(ours):
+        raise RuntimeError
+    assert all(p.requires_grad for p in ours.parameters())

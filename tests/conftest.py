@@ -1,0 +1,32 @@
+"""One thread, and shapes checked at run time: both before esscher is first imported."""
+
+import os
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+import torch
+
+torch.set_num_threads(1)
+pytest.register_assert_rewrite("support")
+
+CHECKED = ["functional", "nn", "distributions", "critics", "experience", "types"]
+
+if os.environ.get("ESSCHER_TYPECHECK", "1") != "0":
+    jaxtyping.install_import_hook([f"esscher.{name}" for name in CHECKED], "checker.checked")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the run-time checks: torch.compile and torch.export cannot see through them."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

@@ -1,0 +1,53 @@
+"""Update pieces, captured, against the same pieces run eagerly: prints what it found as JSON.
+
+A process of its own, because torch.compile cannot see through the checks that pytest installs.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from esscher.registry import catalogue
+from esscher.runtime.device import RuntimeConfig, compiler_available
+from support import parts_after, smoke
+
+UPDATES = 2
+compile_ = torch.compile
+
+
+def state_after(slug: str, graph: str) -> dict[str, Any]:
+    runtime = RuntimeConfig(device="cpu", threads=1, graph=graph)  # type: ignore[arg-type]
+    parts = parts_after(smoke(slug, runtime=runtime), UPDATES)
+    parts.close()
+    return {k: v.clone() for k, v in parts.method.state_dict().items() if torch.is_tensor(v)}
+
+
+def compare(slug: str, backend: str) -> dict[str, Any]:
+    pieces: list[Any] = []
+
+    def capture(function: Any, **options: Any) -> Any:
+        pieces.append(function)
+        if backend != "inductor":
+            options = {"dynamic": options["dynamic"], "backend": backend}
+        return compile_(function, fullgraph=True, **options)
+
+    torch.compile = capture  # type: ignore[assignment]
+    torch._dynamo.reset()
+    eager, captured = state_after(slug, "eager"), state_after(slug, "compile")
+    difference = max(
+        ((captured[k] - v).abs() / (1 + v.abs())).max().item() for k, v in eager.items()
+    )
+    return {"pieces": len(pieces), "difference": difference}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found = {slug: compare(slug, "aot_eager") for slug in catalogue()}
+    if compiler_available("cpu"):
+        found["compiled sac"] = compare("sac", "inductor")
+    print(json.dumps(found))

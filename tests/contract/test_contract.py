@@ -1,0 +1,349 @@
+"""What every method of the catalogue must do, the next one included: no list to extend."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MethodType, UnionType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import esscher
+from esscher.errors import UserError
+from esscher.registry import catalogue, find, load_method, load_module, recipes, slug_of
+from esscher.runtime import device
+from esscher.runtime.device import compiler_available
+from esscher.runtime.state import EXCLUDED
+from esscher.types import Spec
+from support import (
+    advance,
+    assert_same_run,
+    differences,
+    final_state,
+    learner,
+    metrics,
+    parts_after,
+    smoke,
+    train,
+    train_until,
+)
+
+SLUGS = list(catalogue())
+SPEC = Spec(obs_shape=(3,), action_shape=(1,), action_low=(-2.0,), action_high=(2.0,))
+
+
+@pytest.fixture(scope="module", params=SLUGS)
+def method(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A slug, and the folder of its finished smoke run."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    steps = recipes(request.param)["smoke"]().stages[-1].steps
+    checkpoint = esscher.CheckpointConfig(every=steps // 2)
+    train(smoke(request.param, checkpoint=checkpoint), folder)
+    return request.param, folder
+
+
+# ---- the smoke run
+
+
+def test_it_runs_and_learns_something_finite(method: Any) -> None:
+    slug, run = method
+    result = json.loads((run / "result.json").read_text())
+    assert result["status"] == "finished" and result["updates"] > 0 and result["slug"] == slug
+    state = final_state(run)
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            assert torch.isfinite(value).all(), name
+    fresh = learner(slug, SPEC).state_dict()
+    moved = [n for n, v in learner(slug, SPEC, seed=1).state_dict().items() if torch.is_tensor(v)]
+    assert moved
+    trained = [n for n, v in fresh.items() if n.startswith("actor") and torch.is_tensor(v)]
+    assert trained and any(not torch.equal(fresh[n], state[f"method.{n}"]) for n in trained)
+
+
+def test_it_reports_finite_numbers(method: Any) -> None:
+    _, run = method
+    rows = metrics(run)
+    trained = [row for row in rows if row["phase"] == "train" and row["updates"] > 0]
+    assert len(trained) >= 2 and any(row["phase"] == "evaluate" for row in rows)
+    counted = {"phase", "step", "updates", "return", "length", "episodes"}
+    for row in rows:
+        assert all(math.isfinite(v) for v in row.values() if isinstance(v, int | float))
+    assert any(set(row) - counted for row in trained), "an update must report something"
+
+
+def test_the_same_seed_gives_the_same_bits(method: Any, tmp_path: Path) -> None:
+    slug, run = method
+    evaluation = recipes(slug)["smoke"]().evaluation
+    # Evaluated more often as well, which must not change anything that is learned.
+    often = replace(evaluation, every=max(evaluation.every // 4, 1), deterministic=False)
+    checkpoint = esscher.CheckpointConfig(every=0)
+    train(smoke(slug, evaluation=often, checkpoint=checkpoint), tmp_path / "run")
+    assert differences(final_state(run), final_state(tmp_path / "run")) == []
+    rows, others = (
+        [row for row in metrics(f) if row["phase"] == "train"] for f in (run, tmp_path / "run")
+    )
+    assert rows == others
+    assert len(metrics(tmp_path / "run")) > len(metrics(run))
+
+
+def test_resumed_at_half_it_equals_the_whole(
+    method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slug, run = method
+    parts = smoke(slug)
+    half = parts.stages[-1].steps // 2
+    parts = replace(parts, checkpoint=esscher.CheckpointConfig(every=half))
+    train_until(parts, tmp_path / "run", half, monkeypatch)
+    esscher.resume(tmp_path / "run", display=False)
+    assert_same_run(tmp_path / "run", run)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_another_seed_gives_another_learner(slug: str) -> None:
+    experiment = smoke(slug)
+    states = []
+    for seed in (0, 1):
+        parts = parts_after(replace(experiment, seed=seed), 2)
+        states.append({k: v.clone() for k, v in parts.state_dict().items() if torch.is_tensor(v)})
+        parts.close()
+    left, right = states
+    for name in left:
+        if name.startswith("method.actor.") and name.endswith("weights.0"):
+            assert not torch.equal(left[name], right[name]), name
+    assert not torch.equal(left["loop.obs"], right["loop.obs"])
+    assert any("weights.0" in name for name in left)
+
+
+# ---- saved and loaded
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_loaded_into_one_that_already_trained(slug: str) -> None:
+    experiment = smoke(slug)
+    one, two = parts_after(experiment, 3), parts_after(replace(experiment, seed=1), 4)
+    state = {k: v.clone() if torch.is_tensor(v) else v for k, v in one.state_dict().items()}
+    two.load_state_dict(state)
+    if hasattr(one.experience, "put_rows"):
+        held = one.experience.num_added - len(one.experience)
+        from esscher.types import Transitions
+
+        for piece in one.experience.rows(held, one.experience.num_added):
+            two.experience.put_rows(held, Transitions(**piece))
+            held += len(piece["reward"])
+    assert differences(state, two.state_dict()) == []
+    for parts in (one, two):
+        advance(parts, experiment, 3)
+        parts.close()
+    assert differences(one.state_dict(), two.state_dict()) == []
+    assert differences(state, one.state_dict()) != []
+
+
+def reachable(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that hangs on a method, by whatever name."""
+    if id(value) in seen or isinstance(value, type | str | int | float | bool | None):
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, nn.Module):
+        for name, item in [*value.named_parameters(), *value.named_buffers()]:
+            yield f"{path}.{name}", item
+    elif isinstance(value, MethodType):
+        yield from reachable(value.__self__, path, seen)
+    elif isinstance(value, FunctionType):
+        for index, cell in enumerate(value.__closure__ or ()):
+            yield from reachable(cell.cell_contents, f"{path}<{index}>", seen)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from reachable(item, f"{path}.{name}", seen)
+    elif isinstance(value, list | tuple | set):
+        for index, item in enumerate(value):
+            yield from reachable(item, f"{path}.{index}", seen)
+    elif not isinstance(value, BuiltinFunctionType) and hasattr(value, "__dict__"):
+        for name, item in vars(value).items():
+            if name not in EXCLUDED:
+                yield from reachable(item, f"{path}.{name}", seen)
+
+
+def hidden_scalars(value: Any, path: str) -> dict[str, Any]:
+    """Counters under private names, which no checkpoint holds."""
+    found: dict[str, Any] = {}
+    for name, item in vars(value).items():
+        if name.startswith("_") and isinstance(item, bool | int | float | str):
+            found[f"{path}.{name}"] = item
+        elif hasattr(item, "state_dict") and not isinstance(item, nn.Module):
+            found |= hidden_scalars(item, f"{path}.{name}")
+    return found
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_the_state_covers_every_attribute(slug: str) -> None:
+    experiment = smoke(slug)
+    parts = parts_after(experiment, 2)
+    saved = {v.data_ptr() for v in parts.method.state_dict().values() if torch.is_tensor(v)}
+    tensors = list(reachable(parts.method, slug, set()))
+    assert len(tensors) >= 8
+    forgotten = [path for path, tensor in tensors if tensor.data_ptr() not in saved]
+    assert forgotten == []
+    before = hidden_scalars(parts.method, slug) | hidden_scalars(parts.experience, "experience")
+    advance(parts, experiment, 3)
+    parts.close()
+    after = hidden_scalars(parts.method, slug) | hidden_scalars(parts.experience, "experience")
+    assert before == after, "what changes must be saved, so its name may not be private"
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_deployed_it_acts_as_when_it_was_saved(slug: str, tmp_path: Path) -> None:
+    parts = smoke(slug, steps=140, evaluation=esscher.EvaluationConfig(every=0, episodes=1))
+    train(parts, tmp_path / "run")
+    loaded = esscher.load(tmp_path / "run")
+    obs = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    action = loaded.method.act(obs, explore=False).value
+    assert action.shape == (5, 1) and (action.abs() <= 1 + 1e-6).all() or slug == "ppo"
+    deployed, _ = loaded.policy.predict(obs.numpy())
+    torch.testing.assert_close(torch.from_numpy(deployed), 2 * action.clamp(-1, 1))
+    assert torch.equal(action, loaded.method.act(obs, explore=False).value)
+    first, second = (loaded.method.act(obs, explore=True).value for _ in range(2))
+    assert not torch.equal(first, second), "exploring must be random"
+
+
+# ---- compiled
+
+
+@pytest.fixture(scope="module")
+def captured() -> dict[str, Any]:
+    """What compiled.py found, in a process without the run-time checks of this one."""
+    environment = {**os.environ, "ESSCHER_TYPECHECK": "0"}
+    command = [sys.executable, str(Path(__file__).with_name("compiled.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_pieces_can_be_captured(slug: str, captured: dict[str, Any]) -> None:
+    """Each as one graph without a break, run by torch's own kernels."""
+    assert captured[slug]["pieces"] >= 1
+    assert captured[slug]["difference"] < 1e-5
+
+
+@pytest.mark.skipif(not compiler_available("cpu"), reason="torch.compile needs a C++ compiler")
+def test_compiled_equals_eager(captured: dict[str, Any]) -> None:
+    """With the compiler itself: for one method only, because it takes half a minute each."""
+    assert captured["compiled sac"]["pieces"] >= 1
+    assert captured["compiled sac"]["difference"] < 1e-5
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_without_a_compiler_it_runs_eagerly_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        with pytest.warns(UserWarning, match="running eagerly instead"):
+            function = device._compile_or_fall_back(lambda x: (x + 1).tanh().sum())
+            value = function(torch.ones(3))
+        assert value.item() == pytest.approx(3 * math.tanh(2))
+        assert function(torch.zeros(3)).item() == pytest.approx(3 * math.tanh(1))
+
+
+# ---- settings
+
+
+BAD = {
+    "discount": [-0.1, 1.0, 1.2],
+    "tau": [0.0, -0.1, 1.1],
+    "gae_lambda": [-0.1, 1.1],
+    "batch_size": [0, 10**9],
+    "buffer_size": [0],
+    "updates_per_step": [0.0, -1.0],
+    "num_critics": [0],
+    "target_update_interval": [0],
+    "policy_delay": [0],
+    "delay_update": [0],
+    "rollout_length": [0],
+    "epochs": [0],
+    "num_minibatches": [0, 10**6],
+    "clip": [0.0, -0.1],
+    "alpha": [-0.1],
+    "initial_alpha": [0.0, -1.0],
+    "reward_scale": [0.0, -1.0],
+    "max_grad_norm": [0.0, -1.0],
+    "log_std_range": [(1.0, 0.0)],
+    "hidden": [(0,), (8, -1)],
+}
+
+
+def bad_by_type(kind: Any) -> list[Any]:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, UnionType):
+        values = [bad_by_type(option) for option in arguments]
+        return [v for v in values[0] if v != "nonsense"] + ["nonsense"]
+    if origin is typing.Literal:
+        return ["nonsense", 7]
+    if origin is tuple:
+        return ["nonsense", ("x", "y"), 3]
+    return {float: [math.nan, math.inf, "nonsense"], int: [-1, 0.5, "nonsense"]}.get(
+        kind, ["nonsense"]
+    )
+
+
+def bad_settings() -> list[Any]:
+    cases = []
+    for slug in SLUGS:
+        config = load_method(slug).Config
+        for name, kind in typing.get_type_hints(config).items():
+            values = bad_by_type(kind) + BAD.get(name, [])
+            if name.endswith("learning_rate"):
+                values += [0.0, -1e-3]
+            cases += [pytest.param(slug, name, v, id=f"{slug}-{name}-{v}") for v in values]
+    return cases
+
+
+@pytest.mark.parametrize(("slug", "name", "value"), bad_settings())
+def test_a_bad_setting_is_refused_by_name(slug: str, name: str, value: Any) -> None:
+    experiment = smoke(slug)
+    with pytest.raises((ValueError, TypeError)) as caught:
+        config = replace(experiment.method, **{name: value})
+        experiment = replace(experiment, method=config)
+        method = load_method(slug)(config, SPEC, device.Runtime())
+        method.experience()
+    if caught.type is UserError:
+        assert name in str(caught.value), str(caught.value)
+    else:
+        assert isinstance(value, str | tuple) or value == 3, "only what is of another type"
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_settings_survive_the_round_trip(slug: str) -> None:
+    for recipe in recipes(slug).values():
+        experiment = recipe()
+        data = json.loads(json.dumps(experiment.to_json()))
+        assert esscher.Experiment.from_json(data) == experiment
+    assert slug_of(experiment.method) == slug
+    with pytest.raises(UserError, match="no setting 'discont': did you mean discount"):
+        esscher.Experiment.from_json({**data, "method": {**data["method"], "discont": 0.9}})
+    with pytest.raises(UserError, match="discount"):
+        esscher.Experiment.from_json({**data, "method": {**data["method"], "discount": "0.9"}})
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_the_file_has_what_the_catalogue_needs(slug: str) -> None:
+    entry, module = find(slug), load_module(slug)
+    assert dataclasses.asdict(module.PAPER).items() >= entry.paper.items()
+    assert entry.paper["title"] and entry.paper["purpose"].endswith(".")
+    assert {"smoke", "paper"} <= set(recipes(slug)) or entry.baseline
+    assert module.__doc__ and "|" in module.__doc__, "the symbol table"
+    for field in dataclasses.fields(module.Config):
+        assert field.kw_only and field.default is not dataclasses.MISSING, field.name

@@ -1,0 +1,168 @@
+"""What several test folders share: small runs, complete states, and how to compare them."""
+
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+
+import esscher
+from esscher.loops.online import online
+from esscher.registry import load_method, recipes
+from esscher.runtime import checkpoint
+from esscher.runtime import run as runner
+from esscher.runtime.device import Runtime, RuntimeConfig
+from esscher.types import Spec, Transitions
+
+RUNTIME = RuntimeConfig(device="cpu", threads=1, graph="eager")
+
+
+def smoke(slug: str, **changes: Any) -> esscher.Experiment:
+    """A method's smoke recipe on one thread; `changes` are fields, or env_* and steps of its stage."""
+    experiment = recipes(slug)["smoke"]()
+    stage = experiment.stages[-1]
+    env = {k[4:]: changes.pop(k) for k in list(changes) if k.startswith("env_")}
+    stage = replace(stage, env=replace(stage.env, **env), steps=changes.pop("steps", stage.steps))
+    defaults = {"log": esscher.LogConfig(every=70, to=()), "runtime": RUNTIME}
+    return replace(experiment, stages=(stage,), **{**defaults, **changes})
+
+
+def train(experiment: esscher.Experiment, directory: Path) -> esscher.Result:
+    return esscher.run(experiment, directory=directory, display=False)
+
+
+class Killed(BaseException):
+    """Stands for a kill in tests that stay in one process."""
+
+
+def train_until(experiment: esscher.Experiment, directory: Path, step: int, patch: Any) -> None:
+    """Run, and die right after the first checkpoint at or after `step` is complete."""
+    die_after(step, patch, lambda: train(experiment, directory))
+
+
+def die_after(step: int, patch: Any, work: Callable[[], Any]) -> None:
+    """Do some work, and die right after the first checkpoint at or after `step` is complete."""
+    save = checkpoint.save
+
+    def save_and_die(run: Path, at: int, *args: Any) -> Path:
+        target = save(run, at, *args)
+        if at >= step:
+            raise Killed
+        return target
+
+    with patch.context() as context:
+        context.setattr(checkpoint, "save", save_and_die)
+        try:
+            work()
+        except Killed:
+            return
+    raise AssertionError(f"no checkpoint at or after step {step}")
+
+
+def final_state(run: Path, step: int | None = None) -> dict[str, Any]:
+    """Every leaf of a checkpoint, with the transitions that its experience still holds."""
+    found = checkpoint.load(run, step)
+    state = dict(found.state)
+    added = state.get("experience.num_added")
+    if added is not None:
+        rows: dict[str, list[Any]] = {}
+        expected = found.row_files[0]["start"] if found.row_files else 0
+        for entry in found.row_files:
+            assert entry["start"] == expected, "row files must follow each other without a gap"
+            expected = entry["stop"]
+            tensors = load_tensors((run / "experience" / entry["file"]).read_bytes())
+            for name, value in tensors.items():
+                rows.setdefault(name, []).append(value)
+        assert expected == added
+        capacity = esscher.load(run, step=step).method.experience().capacity
+        held = min(added, capacity)
+        for name, pieces in rows.items():
+            state[f"rows.{name}"] = torch.cat(pieces)[-held:]
+            assert len(state[f"rows.{name}"]) == held
+    return state
+
+
+def differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
+    """Names of the leaves that are not equal bit for bit (NaN equals NaN)."""
+    names = sorted(left.keys() ^ right.keys())
+    for name in sorted(left.keys() & right.keys()):
+        a, b = left[name], right[name]
+        if isinstance(a, torch.Tensor):
+            same = (
+                isinstance(b, torch.Tensor)
+                and a.dtype == b.dtype
+                and a.shape == b.shape
+                and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
+            )
+        else:
+            same = type(a) is type(b) and a == b
+        if not same:
+            names.append(name)
+    return names
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl without what a clock wrote."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "steps_per_second")} for r in rows]
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Final states and metrics of two runs are equal."""
+    a, b = final_state(left), final_state(right)
+    assert len(a) > 20
+    assert differences(a, b) == []
+    assert metrics(left) == metrics(right)
+
+
+def learner(slug: str, spec: Spec, seed: int = 0, **options: Any) -> Any:
+    """A fresh method with its smoke configuration."""
+    torch.manual_seed(seed)
+    config = replace(recipes(slug)["smoke"]().method, **options)
+    return load_method(slug)(config, spec, Runtime(RUNTIME))
+
+
+def transitions(size: int, obs_dim: int = 3, action_dim: int = 1, seed: int = 0) -> Transitions:
+    """Random rows."""
+    draw = torch.Generator().manual_seed(seed)
+    return Transitions(
+        obs=torch.randn(size, obs_dim, generator=draw),
+        action=torch.rand(size, action_dim, generator=draw) * 2 - 1,
+        reward=torch.randn(size, generator=draw),
+        next_obs=torch.randn(size, obs_dim, generator=draw),
+        terminated=torch.rand(size, generator=draw) < 0.1,
+        truncated=torch.rand(size, generator=draw) < 0.1,
+    )
+
+
+def parts_after(experiment: esscher.Experiment, updates: int) -> Any:
+    """Every part of a run, stopped after so many updates, without files."""
+    parts = runner._Parts(experiment)
+    advance(parts, experiment, updates)
+    return parts
+
+
+def advance(parts: Any, experiment: esscher.Experiment, updates: int) -> None:
+    """So many updates more."""
+    goal, seed = parts.loop.num_updates + updates, experiment.seed
+    rest = online(parts.method, parts.envs, parts.experience, parts.loop, seed=seed, steps=100_000)
+    while parts.loop.num_updates < goal:
+        next(rest)
+
+
+# For processes of their own (multiprocessing "forkserver", preloaded with this module).
+FORKSERVER_PRELOAD = ["support", "esscher.runtime.run", "esscher.methods.control.sac"]
+
+
+def run_or_resume(experiment: dict[str, Any], directory: str) -> None:
+    """Start a run, or go on with it if it is there."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if (Path(directory) / "config.json").exists():
+        esscher.resume(directory, display=False)
+    else:
+        train(esscher.Experiment.from_json(experiment), Path(directory))
