@@ -1,10 +1,9 @@
 """Esscher: published methods for optimising distributions, run on your own task.
 
-import esscher
-
-experiment = esscher.Experiment.of("sac", env="Hopper-v5", steps=100_000)
-result = esscher.run(experiment, directory="runs/hopper")
-action, _ = esscher.load("runs/hopper").policy.predict(obs, deterministic=True)
+>>> import esscher
+>>> experiment = esscher.Experiment.of("sac", env="Hopper-v5", steps=100_000)
+>>> result = esscher.run(experiment, directory="runs/hopper")
+>>> action, _ = esscher.load("runs/hopper").policy.predict(obs, deterministic=True)
 """
 
 from importlib import import_module

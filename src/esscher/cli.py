@@ -63,7 +63,8 @@ def _print_usage() -> None:
     for verb, function in VERBS.items():
         print(f"  {verb:<8} {(function.__doc__ or '').strip().splitlines()[0]}")
     print(
-        "\nStart with: esscher list        or: esscher run sac --env.id Pendulum-v1 --steps 10000"
+        "\nStart with: esscher list, or: "
+        "esscher run sac --env.id Pendulum-v1 --steps 5000 --method.warmup 500"
     )
 
 
@@ -159,7 +160,8 @@ def _eval(arguments: list[str]) -> int:
         low, high = min(evaluation.returns), max(evaluation.returns)
         print(
             f"{loaded.experiment.name} on {env.id}, checkpoint of step {loaded.step:,}: return "
-            f"{evaluation.mean:,.1f} +- {evaluation.std:,.1f} over {options.episodes} episodes "
+            f"{evaluation.mean:,.1f} +- {evaluation.std:,.1f} over "
+            f"{_count(options.episodes, 'episode')} "
             f"({low:,.1f} to {high:,.1f})"
         )
     return 0
@@ -515,6 +517,10 @@ def _sweep_and_report(
         page = write_report([root], root / "report.html")
         print(f"report: {page}")
     return FAILED_RUNS if failed else 0
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _workers(asked: int, threads: int) -> int:

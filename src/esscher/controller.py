@@ -1,6 +1,8 @@
 """A trained policy as its user wants it: observations in, actions of the environment out."""
 
 import copy
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,12 @@ class Controller(nn.Module):
         """
         example = torch.zeros(2, self.spec.obs_dim)
         module = copy.deepcopy(self).cpu().eval()
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # It misses torchvision, aloud.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self._export(module, example, path)
+
+    def _export(self, module: nn.Module, example: Tensor, path: Path) -> None:
         torch.onnx.export(
             module,
             (example,),

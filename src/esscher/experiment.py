@@ -152,6 +152,21 @@ class Experiment:
     def name(self) -> str:
         return self.label or self.slug
 
+    def resolved(self) -> "Experiment":
+        """With every automatic choice of the runtime made for this machine.
+
+        Raises:
+            UserError: the device is not there, or warm-up leaves no step to learn in.
+        """
+        steps, warmup = self.stages[-1].steps, getattr(self.method, "warmup", 0)
+        if warmup >= steps:
+            raise UserError(
+                f"method.warmup {warmup} leaves nothing to learn in {steps} steps: lower "
+                "--method.warmup, or raise --steps"
+            )
+        width = max(getattr(self.method, "hidden", ()), default=0)
+        return replace(self, runtime=self.runtime.resolve(steps, width))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the slug and the version that can read it."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

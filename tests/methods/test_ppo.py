@@ -365,6 +365,16 @@ def test_an_update_moves_all_of_actor_and_critic_and_a_weight_of_zero_spares_the
         }
 
 
+def test_gradients_are_clipped_jointly():
+    for limit, expected in ((0.01, 0.01), (None, None)):
+        method = build(box(), epochs=1, num_minibatches=1, max_grad_norm=limit)
+        method.update(rollout(method), 0)
+        # After one step Adam's first moments are a tenth of the gradients.
+        parts = [moment.square().sum() for moment in method.opt.first_moment]
+        norm = 10 * torch.stack(parts).sum().sqrt().item()
+        assert norm == pytest.approx(expected, rel=1e-3) if expected else norm > 0.1
+
+
 def test_explained_variance():
     method = build(box(), **PLAIN, gae_lambda=1.0, discount=0.0, epochs=1)
     batch = rollout(method)

@@ -17,6 +17,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 COMPILE_PAYS_FROM = 20_000
 """Environment steps below which compiling (10 to 40 seconds) costs more than it saves."""
 
+NARROW = 128
+"""Width of layers up to which a second thread gains nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
@@ -25,7 +28,8 @@ class RuntimeConfig:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     threads: int = 0
-    """Threads of one process; 0: the processors available to it, at most 4 (small networks)."""
+    """Threads of one process; 0: one for layers up to 128 wide, else those available, at most 4. On
+    a machine that others use too, 1 is safest: threads that wait for each other cost far more."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: matrix products in half the time; parameters and losses stay float32."""
     graph: Literal["auto", "eager", "compile"] = "auto"
@@ -35,8 +39,13 @@ class RuntimeConfig:
         if self.threads < 0:
             raise UserError(f"runtime.threads must be >= 0, got {self.threads}")
 
-    def resolve(self, steps: int) -> "RuntimeConfig":
-        """Replace every `auto` by what this machine offers, so that a resumed run does the same."""
+    def resolve(self, steps: int, width: int = 256) -> "RuntimeConfig":
+        """Replace every `auto` by what this machine offers, so that a resumed run does the same.
+
+        Args:
+            steps: environment steps of the run.
+            width: of the widest layer.
+        """
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,9 +55,8 @@ class RuntimeConfig:
         if graph == "auto":
             pays = steps >= COMPILE_PAYS_FROM
             graph = "compile" if pays and compiler_available(device) else "eager"
-        return replace(
-            self, device=device, threads=self.threads or min(available_processors(), 4), graph=graph
-        )
+        threads = 1 if width <= NARROW else min(available_processors(), 4)
+        return replace(self, device=device, threads=self.threads or threads, graph=graph)
 
 
 class Runtime:

@@ -6,8 +6,10 @@ jobs: processes of this machine, or Ray tasks here or on a cluster.
 
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,6 +62,7 @@ def run_all(
     start = _start_process if engine == "processes" else _ray_starter(address)
     attempts = dict.fromkeys(waiting, 0)
     active: dict[Path, _Job] = {}
+    before = _sigterm_as_interrupt()
     try:
         while waiting or active:
             while waiting and len(active) < workers:
@@ -86,7 +89,20 @@ def run_all(
     finally:
         for job in active.values():
             job.stop()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return sorted(done, key=lambda outcome: folders.index(outcome.folder))
+
+
+def _sigterm_as_interrupt() -> Any:
+    """Let SIGTERM unwind like Ctrl-C, so that jobs are stopped; the handler that was there."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, interrupt)
 
 
 def share_done(folder: Path) -> float:

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -95,8 +95,7 @@ def write_config(experiment: Experiment, run_folder: Path) -> None:
         remedy = f"esscher resume {run_folder} goes on with it" if known else "it is not a run"
         raise UserError(f"{run_folder} exists: {remedy}; or choose another --directory")
     check_trackers(experiment.log.to)
-    steps = experiment.stages[-1].steps
-    experiment = replace(experiment, runtime=experiment.runtime.resolve(steps))
+    experiment = experiment.resolved()
     _Parts(experiment).close()  # Every complaint about the input comes before anything is written.
     run_folder.mkdir(parents=True, exist_ok=True)
     write_atomically(run_folder / "config.json", json.dumps(experiment.to_json(), indent=2))
@@ -235,11 +234,8 @@ class _Run:
         )
         title = f"{experiment.name} on {self.stage.env.id}"
         self.display = Display(title, self.stage.steps, parts.loop.step) if display else None
-        if self.display and parts.inexact_because and self.barrier_every:
-            self.display.note(
-                f"{parts.inexact_because}: environments are reset at each checkpoint instead, so "
-                "that a resumed run still equals an uninterrupted one"
-            )
+        if self.display and parts.inexact_because:
+            self.display.note(f"resume: {self._exact_because()}")
         self.evaluator = Evaluator(self.stage.env, experiment.evaluation, experiment.seed)
         self.began = time.monotonic()
 
@@ -267,9 +263,7 @@ class _Run:
                 if due or (requested and self.barrier_every == 0):
                     self._save()
                 if requested:
-                    raise Interrupted(
-                        f"stopped at step {step:,}; esscher resume {self.folder} goes on"
-                    )
+                    raise Interrupted(self._farewell(step))
                 if self.display and step % 64 < num_envs:
                     self.display.update(step)
             return self._finish()
@@ -278,6 +272,11 @@ class _Run:
             self.evaluator.close()
             if self.display:
                 self.display.close()
+
+    def _farewell(self, step: int) -> str:
+        saved = checkpoints.steps(self.folder)
+        place = f"from step {saved[-1]:,}" if saved else "from the start"
+        return f"stopped at step {step:,}; esscher resume {self.folder} goes on {place}"
 
     @property
     def seconds(self) -> float:
@@ -315,7 +314,7 @@ class _Run:
         step, evaluation = getattr(self, "last_evaluation", (None, None))
         meta = {
             "exact": exact,
-            "exact_because": parts.inexact_because or "every part of the state is saved",
+            "exact_because": self._exact_because(),
             "seconds": self.seconds,
             "metrics_offset": self.log.offset,
             "averager": parts.averager.state_dict(),
@@ -325,6 +324,14 @@ class _Run:
         rows = parts.experience if hasattr(parts.experience, "put_rows") else None
         keep = self.experiment.checkpoint.keep
         checkpoints.save(self.folder, parts.loop.step, parts.state_dict(), meta, rows, keep)
+
+    def _exact_because(self) -> str:
+        reason = self.parts.inexact_because
+        if reason is None:
+            return "every part of the state is saved"
+        if self.barrier_every:
+            return f"environments are reset at each checkpoint, because {reason}"
+        return f"not exact, because {reason} and no checkpoints are taken on the way"
 
     def _finish(self) -> Result:
         loop = self.parts.loop

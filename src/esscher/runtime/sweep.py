@@ -139,9 +139,7 @@ def _prepare(experiment: Experiment, folder: Path) -> None:
     if not (folder / "config.json").exists():
         write_config(experiment, folder)
         return
-    wanted = replace(
-        experiment, runtime=experiment.runtime.resolve(experiment.stages[-1].steps)
-    ).to_json()
+    wanted = experiment.resolved().to_json()
     found = read_experiment(folder).to_json()
     if wanted != json.loads(json.dumps(found)) and json.loads(json.dumps(wanted)) != found:
         different = sorted(k for k in wanted if json.dumps(wanted[k]) != json.dumps(found.get(k)))
