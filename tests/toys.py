@@ -176,7 +176,8 @@ class Opaque(Toy):
 
     def step(self, action: Any) -> Any:
         obs, _, *rest = super().step(action)
-        return obs, self.dice.roll() + float(action[0]), *rest
+        reward = self.dice.roll() + float(action[0]) + float(self.np_random.normal())
+        return obs, reward, *rest
 
 
 class OpaqueLater(Toy):

@@ -286,9 +286,10 @@ BAD = [
     (("run", "sac", "--env.id", "CartPole-v1"), "continuous (Box) action space"),
     (("run", "sac", "--env.id", "CartPole-v1"), "use ppo"),
     (
-        ("run", "sac", *SMALL, "--method.batch-size", 9, "--method.buffer-size", 8),
-        "batch_size must be in [1, buffer_size], got 9 with buffer_size 8",
+        ("run", "sac", *SMALL, *SMALL_METHOD, "--method.batch-size", 101),
+        "batch_size must be in [1, buffer_size], got 101 with buffer_size 100",
     ),
+    (("run", "sac", *SMALL), "method.warmup 10000 leaves nothing to learn in 24 steps"),
     (("resume", "nowhere"), "nowhere is not a run folder"),
     (("eval", "nowhere"), "nowhere is not a run folder"),
     (("export", "nowhere"), "nowhere is not a run folder"),

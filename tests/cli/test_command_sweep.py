@@ -161,6 +161,9 @@ def test_compare_resumes_and_never_retrains(monkeypatch, capsys):
         assert command(*again, *options) == 2
         said = capsys.readouterr().err
         assert "holds a run with other settings" in said and name in said
+    # A new method before the refused one leaves no folder behind, which would then be in the way.
+    assert command("compare", "dsac_t", "sac", *COMPARE, "--steps", 40) == 2
+    assert started == [] and not Path("all/dsac_t").exists()
     # One run was interrupted, and a method is new: those two only are worked on.
     (folders[1] / "result.json").unlink()
     assert command("compare", "sac", "td3", "dsac_t", *COMPARE, "--steps", 30) == 0

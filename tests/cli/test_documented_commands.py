@@ -85,8 +85,10 @@ def test_commands_of_the_makefile_exist(parse_only):
 def test_the_line_that_the_usage_suggests_exists(parse_only, capsys):
     cli.run_command([])
     suggested = capsys.readouterr().out.partition("Start with: ")[2]
-    for line in suggested.split(" or: "):
-        check(arguments_of(line.strip()))
+    lines = [line.strip(" ,\n") for line in suggested.split(" or: ")]
+    assert len(lines) == 2
+    for line in lines:
+        check(arguments_of(line))
 
 
 def test_the_check_sees_a_wrong_line(parse_only, capsys):

@@ -100,6 +100,9 @@ def test_predict_takes_one_or_many() -> None:
     obs = np.random.default_rng(0).normal(size=(4, 5))
     many, _ = policy.predict(obs)
     assert many.shape == (4, 2)
+    mode = policy.policy(torch.from_numpy(obs).float()).mode().detach().numpy()
+    expected = [[2 * a, 0.2 + 0.1 * b] for a, b in mode]
+    np.testing.assert_allclose(many, expected, rtol=1e-5, atol=1e-6)
     for row, expected in zip(obs, many, strict=True):
         one, _ = policy.predict(row)
         assert one.shape == (2,)

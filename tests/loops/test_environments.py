@@ -158,6 +158,38 @@ def test_stopping_and_going_on_is_one_run() -> None:
         assert torch.equal(left.obs, right.obs) and torch.equal(left.action, right.action)
 
 
+@pytest.mark.parametrize("phase", ["act", "update"])
+def test_phases_draw_from_streams_of_their_own(phase: str) -> None:
+    """However much randomness acting takes, the updates of a step draw the same, and vice versa."""
+
+    def draws(greed: int) -> list[float]:
+        drawn: list[float] = []
+
+        class Greedy(Wanderer):
+            def act(self, obs: torch.Tensor, *, explore: bool) -> Action:
+                if phase == "act":
+                    torch.rand(greed)
+                else:
+                    drawn.append(torch.rand(1).item())
+                return Action(value=torch.zeros(len(obs), 1))
+
+        class Thrifty(Recorder):
+            def batches(self, step: int) -> Any:
+                if phase == "act":
+                    drawn.append(torch.rand(1).item())
+                else:
+                    torch.rand(greed)
+                return ()
+
+        envs = Environments(EnvConfig(id="toys:Countdown"), 0)
+        state = LoopState(torch.from_numpy(envs.reset(0)))
+        list(online(Greedy(), envs, Thrifty(), state, seed=0, steps=30))
+        return drawn
+
+    first = draws(1)
+    assert first == draws(5) and len(set(first)) == len(first) > 20
+
+
 def test_crossed() -> None:
     assert [s for s in range(3, 31, 3) if crossed(s, 3, 10)] == [12, 21, 30]
     assert not any(crossed(s, 3, 0) for s in range(30))

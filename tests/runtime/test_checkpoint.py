@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from esscher.errors import UserError
 from esscher.experience import Replay
 from esscher.runtime import checkpoint
 from esscher.types import Action, Spec
-from support import transitions
+from support import Killed, transitions
 
 SPEC = Spec(obs_shape=(3,), action_shape=(1,), action_low=(-1.0,), action_high=(1.0,))
 
@@ -224,6 +225,78 @@ def test_killed_while_removing_an_old_checkpoint(
     assert checkpoint.load(run).step == 2
     save(run, 3, keep=5)
     assert checkpoint.load(run).state["count"] == 3
+
+
+class Crash:
+    """Dies at a given one of the changes that a block makes to the file system."""
+
+    armed: "Crash | None" = None
+    EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "shutil.copytree")
+
+    def __init__(self, at: int | None):
+        self.at, self.count = at, 0
+
+    def __enter__(self) -> "Crash":
+        Crash.armed = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        Crash.armed = None
+
+    @staticmethod
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        self = Crash.armed
+        changes = event in Crash.EVENTS or (event == "open" and "w" in str(arguments[1]))
+        if self is not None and changes:
+            self.count += 1
+            if self.count - 1 == self.at:
+                Crash.armed = None
+                raise Killed
+
+
+sys.addaudithook(Crash.hook)
+
+
+def test_killed_at_any_change_of_the_files(tmp_path: Path) -> None:
+    """Whatever happened last, there is a whole newest checkpoint, and the next save succeeds."""
+
+    def start(folder: Path) -> tuple[Path, Replay]:
+        replay = Replay(SPEC, 10, 2)
+        for step, count in ((4, 4), (8, 4)):
+            filled(replay, count, step)
+            save(folder, step, replay, 2, **replay.state_dict(), weight=torch.ones(3) * step)
+        filled(replay, 6, 14)
+        return folder, replay
+
+    def check(folder: Path, replays: dict[int, dict[str, torch.Tensor]]) -> int:
+        found, back = checkpoint.load(folder), Replay(SPEC, 10, 2)
+        back.load_state_dict({n: found.state[n] for n in ("num_added", "num_batches")})
+        checkpoint.load_rows(folder, found, back)
+        assert torch.equal(found.state["weight"], torch.ones(3) * found.step)
+        for name, value in replays[found.step].items():
+            assert torch.equal(held(back)[name], value), name
+        return found.step
+
+    def finish(folder: Path, replay: Replay) -> None:
+        save(folder, 14, replay, 1, **replay.state_dict(), weight=torch.ones(3) * 14)
+
+    folder, replay = start(tmp_path / "count")
+    early = Replay(SPEC, 10, 2)
+    filled(early, 4, 4), filled(early, 4, 8)
+    expected = {8: held(early), 14: held(replay)}
+    with Crash(None) as whole:
+        finish(folder, replay)
+    assert whole.count >= 8
+    seen = set()
+    for at in range(whole.count):
+        folder, replay = start(tmp_path / str(at))
+        with Crash(at), pytest.raises(Killed):
+            finish(folder, replay)
+        seen.add(check(folder, expected))
+        finish(folder, replay)
+        assert check(folder, expected) == 14
+        assert not [p.name for p in (folder / "experience").iterdir() if "writing" in p.name]
+    assert seen == {8, 14}
 
 
 # ---- space

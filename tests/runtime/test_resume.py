@@ -164,6 +164,8 @@ def test_checkpoints_more_often_than_rows(tmp_path: Path, monkeypatch: pytest.Mo
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(parts, whole)
     train_until(parts, run, 160, monkeypatch)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"phase": "train", "step": 170, "what": "written after the checkpoint"}\n')
     resume_until(run, 180, monkeypatch)
     resume_until(run, 200, monkeypatch)
     esscher.resume(run, display=False)

@@ -316,6 +316,17 @@ def test_evaluation_is_the_sum_of_each_first_episode() -> None:
     evaluator.close()
 
 
+def test_evaluation_by_samples_repeats_itself() -> None:
+    config = EvaluationConfig(episodes=2, step_limit=20, deterministic=False)
+    evaluator = Evaluator(esscher.EnvConfig(id="Pendulum-v1"), config, 0)
+    policy = smoke_policy()
+    torch.manual_seed(1)
+    first = evaluator(policy)
+    torch.manual_seed(2)
+    assert evaluator(policy) == first
+    evaluator.close()
+
+
 def test_evaluation_is_cut_at_its_step_limit() -> None:
     policy = smoke_policy()
     evaluator = Evaluator(

@@ -44,8 +44,13 @@ def sweep(
     folders = [run_folder(root, e) for e in experiments]
     if len(set(folders)) < len(folders):
         raise UserError("two experiments have the same name and seed: give them labels")
-    for experiment, folder in zip(experiments, folders, strict=True):
-        _prepare(experiment, folder)
+    pairs = list(zip(experiments, folders, strict=True))
+    for experiment, folder in pairs:
+        if (folder / "config.json").exists():
+            _refuse_other_settings(experiment, folder)
+    for experiment, folder in pairs:  # Nothing was refused: only now is anything written.
+        if not (folder / "config.json").exists():
+            write_config(experiment, folder)
     if not display:
         return run_all(folders, workers=workers, engine=engine, address=address, retries=retries)
     with _SweepDisplay(root, folders) as shown:
@@ -135,10 +140,7 @@ def comparison(
     return experiments
 
 
-def _prepare(experiment: Experiment, folder: Path) -> None:
-    if not (folder / "config.json").exists():
-        write_config(experiment, folder)
-        return
+def _refuse_other_settings(experiment: Experiment, folder: Path) -> None:
     wanted = experiment.resolved().to_json()
     found = read_experiment(folder).to_json()
     if wanted != json.loads(json.dumps(found)) and json.loads(json.dumps(wanted)) != found:

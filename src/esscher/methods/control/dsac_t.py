@@ -246,7 +246,9 @@ class DSACT(Method):
                 mean = values.mean.detach()
                 mean_target = mean + (sampled_target - mean).clamp(-bound, bound)
         if cfg.critic_loss == "huber":
-            scale = omega.unsqueeze(-1) if cfg.variance_adjustment else std.square()
+            # Without the adjustment a weight of one: sigma^2 + epsilon cancels in the form's ratio.
+            own = std.square() + cfg.epsilon
+            scale = omega.unsqueeze(-1) if cfg.variance_adjustment else own
             loss = gaussian_critic_huber_terms(
                 values.mean,
                 values.std,

@@ -300,8 +300,13 @@ def smoke() -> Experiment:
 
 
 def cartpole() -> Experiment:
-    """Discrete actions: balances the pole in about a minute."""
-    return Experiment.of(Config(), env="CartPole-v1", steps=40_000)
+    """Discrete actions: balances the pole in about a minute.
+
+    Without moments: those of the first short episodes know no position far from the centre, and
+    normalised by them the cart drifts out for a while in some seeds.
+    """
+    plain = Config(normalize_obs=False, normalize_reward=False)
+    return Experiment.of(plain, env="CartPole-v1", steps=40_000)
 
 
 def paper() -> Experiment:
