@@ -21,8 +21,8 @@ $(BIN)/.installed-dev: $(BIN)/.installed
 	@touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/esscher compare dsac_t sac --env.id InvertedDoublePendulum-v5 --steps 6000 --seeds 2 \
-		--hidden 64 64 --evaluation.every 500 --directory $(DEMO)
+	$(BIN)/esscher compare dsac_t sac --env.id InvertedDoublePendulum-v5 --steps 15000 --seeds 2 \
+		--hidden 64 64 --evaluation.every 1000 --directory $(DEMO)
 	@echo "open $(DEMO)/report.html in a browser"
 
 test: $(BIN)/.installed-dev

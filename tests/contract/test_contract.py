@@ -108,6 +108,30 @@ def test_resumed_at_half_it_equals_the_whole(
 
 
 @pytest.mark.parametrize("slug", SLUGS)
+def test_discrete_tasks_resume_exactly_or_are_refused(
+    slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two copies, and checkpoints that fall inside a rollout."""
+    parts = smoke(
+        slug,
+        env_id="CartPole-v1",
+        env_num=2,
+        checkpoint=esscher.CheckpointConfig(every=150),
+        evaluation=esscher.EvaluationConfig(every=0, episodes=1, step_limit=20),
+    )
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    try:
+        train(parts, whole)
+    except UserError as error:
+        assert "continuous" in str(error) and slug in str(error)
+        assert not whole.exists()
+        return
+    train_until(parts, run, 150, monkeypatch)
+    esscher.resume(run, display=False)
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
 def test_another_seed_gives_another_learner(slug: str) -> None:
     experiment = smoke(slug)
     states = []

@@ -382,7 +382,9 @@ def test_killed_while_the_folder_was_made(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists"):
         train(experiment(), run)
     (run / ".config.json.writing").unlink()
-    assert train(experiment(steps=2, checkpoint=esscher.CheckpointConfig(every=0)), run).steps == 2
+    assert (
+        train(experiment(steps=104, checkpoint=esscher.CheckpointConfig(every=0)), run).steps == 104
+    )
 
 
 def test_a_broken_config_is_named(tmp_path: Path) -> None:
@@ -412,7 +414,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_automatic_choices_are_written_down(tmp_path: Path) -> None:
-    parts = experiment(runtime=esscher.RuntimeConfig(), steps=2)
+    parts = experiment(runtime=esscher.RuntimeConfig(), steps=104)
     runner.write_config(parts, tmp_path / "run")
     runtime = json.loads((tmp_path / "run" / "config.json").read_text())["runtime"]
     assert runtime["device"] in ("cpu", "cuda") and runtime["threads"] >= 1

@@ -25,7 +25,7 @@ class Phase(IntEnum):
 
 
 def mix(*counters: int) -> int:
-    """A 63-bit hash of integers in which every bit of each counter reaches every output bit."""
+    """A 63-bit hash of integers: neighbouring counters give unrelated seeds."""
     state = 0x9E3779B97F4A7C15
     for counter in counters:
         state = (state ^ (counter & MASK)) * 0xBF58476D1CE4E5B9 & MASK

@@ -302,8 +302,8 @@ def smoke() -> Experiment:
 def cartpole() -> Experiment:
     """Discrete actions: balances the pole in about a minute.
 
-    Without moments: those of the first short episodes know no position far from the centre, and
-    normalised by them the cart drifts out for a while in some seeds.
+    Without moments: with them one seed of four fell back to returns near 250 for a while, without
+    them none did.
     """
     plain = Config(normalize_obs=False, normalize_reward=False)
     return Experiment.of(plain, env="CartPole-v1", steps=40_000)
