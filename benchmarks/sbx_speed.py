@@ -13,11 +13,11 @@ import gymnasium
 from sbx import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 
-WARMUP, SETTLE = 1_000, 1_000
+WARMUP, SETTLE = 500, 500
 
 
 def main() -> None:
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 1_500
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000
 
     class Clock(BaseCallback):
         def _on_step(self) -> bool:

@@ -270,7 +270,7 @@ def test_fixed_temperature_never_moves(monkeypatch, alpha):
             assert metrics["critic_loss"].item() == pytest.approx(expected, rel=1e-5)
     assert method.log_alpha.item() == before
     assert before == pytest.approx(math.log(alpha) if alpha else -math.inf)
-    assert method.alpha_opt.num_steps[0].item() == 0
+    assert method.alpha_opt.num_steps.item() == 0
 
 
 # ---- who moves, when, and by how much

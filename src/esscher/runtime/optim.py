@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
 from esscher.runtime.state import Stateful
 
@@ -15,8 +14,9 @@ from esscher.runtime.state import Stateful
 class Optim(Stateful):
     """Adam (AdamW with `weight_decay`) on a fixed list of parameters.
 
-    The update is torch's functional fused kernel: the optimiser class around it spends more time in
-    Python than the kernel does on networks of this library's control methods.
+    The update is torch's own fused kernel, called directly with one step counter for all parameters:
+    the optimiser class around it spends more time in Python than the kernel does on networks of this
+    library's control methods.
 
     Args:
         params: parameters that this optimiser, and no other, moves.
@@ -47,9 +47,7 @@ class Optim(Stateful):
         self.learning_rate = float(learning_rate)
         self.first_moment = [torch.zeros_like(p, requires_grad=False) for p in self._params]
         self.second_moment = [torch.zeros_like(p, requires_grad=False) for p in self._params]
-        self.num_steps = [
-            torch.zeros((), dtype=torch.float32, device=p.device) for p in self._params
-        ]
+        self.num_steps = torch.zeros((), device=self._params[0].device)
 
     def minimize(self, loss: Float[Tensor, ""]) -> None:
         """One step down the gradient of `loss`; no other parameter receives a gradient."""
@@ -61,22 +59,21 @@ class Optim(Stateful):
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         with torch.no_grad():
-            adam(
-                self._params,  # type: ignore[arg-type]
+            self.num_steps += 1
+            torch.ops.aten._fused_adamw_(
+                self._params,
                 gradients,
                 self.first_moment,
                 self.second_moment,
                 [],
-                self.num_steps,
-                fused=True,
-                amsgrad=False,
+                [self.num_steps] * len(self._params),
+                lr=self.learning_rate,
                 beta1=self._betas[0],
                 beta2=self._betas[1],
-                lr=self.learning_rate,
                 weight_decay=self._weight_decay,
                 eps=self._epsilon,
+                amsgrad=False,
                 maximize=False,
-                decoupled_weight_decay=True,
             )
 
 
