@@ -35,7 +35,7 @@ def esscher(threads: int, steps: int, precision: str) -> float:
         ),
         evaluation=esscher.EvaluationConfig(every=0, episodes=1),
         checkpoint=esscher.CheckpointConfig(every=0),
-        log=esscher.LogConfig(every=500, to=()),
+        log=esscher.LogConfig(every=100, to=()),
     )
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -110,7 +110,7 @@ def main() -> None:
         "steps": options.steps,
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
-        "command": "python benchmarks/sac_speed.py",
+        "command": f"python benchmarks/sac_speed.py --steps {options.steps}",
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["median_times_faster"]))
