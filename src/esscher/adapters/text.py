@@ -1,0 +1,223 @@
+"""Records of text from wherever users keep them, as tokens with masks.
+
+| source | what is read |
+|---|---|
+| FILE.jsonl, FILE.json | one object a line, or one list of objects |
+| FILE.parquet | rows |
+| FOLDER | a data set saved by Hugging Face datasets |
+| NAME | a data set of the Hugging Face hub, or of its local cache |
+| module:function | what it returns: an iterable of dictionaries |
+
+Text is a plain string, or a list of chat messages ({"role": ..., "content": ...}), which the
+tokenizer's own chat template turns into text.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal
+
+from esscher.adapters.imports import needed, users_own
+from esscher.errors import UserError, nearest
+
+Row = Mapping[str, Any]
+TooLong = Literal["refuse", "drop"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt and one completion of it."""
+
+    prompt: list[int]
+    completion: list[int]
+    """With its end token."""
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+def read_rows(source: str, *, split: str = "train") -> list[Row]:
+    """All rows of a source; see the module.
+
+    Raises:
+        UserError: no such source, or one that cannot be read: which line, and why.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        rows = _read_file(path)
+    elif ":" in source and not path.exists():
+        rows = list(users_own(source, "data")())
+    else:
+        rows = _read_hugging_face(source, path, split)
+    if not rows:
+        raise UserError(f"{source} holds no rows")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise UserError(f"{source}, row {number}: must be an object with columns, got {row!r}")
+    return rows
+
+
+def pick(row: Row, column: str, columns: Mapping[str, str], place: str) -> Any:
+    """The value of a column, under the name that the source has for it.
+
+    Raises:
+        UserError: there is no such column.
+    """
+    name = columns.get(column, column)
+    if name not in row or row[name] is None:
+        hint = nearest(name, row)
+        raise UserError(f"{place} has no column {name!r}: {hint} (--columns {column}=NAME maps)")
+    return row[name]
+
+
+def encode(tokenizer: Any, prompt: Any, completion: Any, place: str) -> Tokens:
+    """Token ids of a prompt and a completion, with an end token behind the completion.
+
+    The two are turned into tokens apart, as they are when the model is asked. A chat is turned into
+    text by the tokenizer's template, whose text for the whole must begin with that for the prompt.
+
+    Raises:
+        UserError: neither text nor messages; an empty prompt or completion; no chat template; a
+            template that rewrites the prompt when it is answered.
+    """
+    if isinstance(prompt, str) and isinstance(completion, str):
+        asked, answer, special = prompt, completion, True
+    else:
+        asked, answer = _chat(tokenizer, _messages(prompt, "user", place), completion, place)
+        special = False  # The template has written them.
+    if not answer.strip():
+        raise UserError(f"{place}: the completion is empty, so there is nothing to learn from")
+    ids = list(tokenizer(asked, add_special_tokens=special)["input_ids"])
+    if special and ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1:
+        ids.pop()  # Some tokenizers close whatever they read.
+    if not ids:
+        if tokenizer.bos_token_id is None:
+            raise UserError(f"{place}: the prompt is empty, and the tokenizer has no first token")
+        ids = [tokenizer.bos_token_id]
+    completed = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    if not completed:
+        raise UserError(f"{place}: the completion has no tokens in this tokenizer")
+    if tokenizer.eos_token_id not in completed:
+        completed.append(tokenizer.eos_token_id)
+    return Tokens(ids, completed)
+
+
+def read_pairs(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    name: str,
+    columns: Mapping[str, str],
+    max_length: int,
+    too_long: TooLong = "refuse",
+) -> list[tuple[Tokens, Tokens]]:
+    """(chosen, rejected) of every row with columns prompt, chosen and rejected.
+
+    Without a prompt column, chosen and rejected are whole chats, and the messages that they share
+    at the beginning are the prompt.
+
+    Raises:
+        UserError: which row, and what is wrong with it; nothing is left of the rows.
+    """
+    pairs = []
+    for number, row in enumerate(rows):
+        place = f"{name}, row {number}"
+        prompt, chosen, rejected = _prompt_and_answers(row, columns, place)
+        if chosen == rejected:
+            raise UserError(f"{place}: chosen and rejected are equal, so neither is preferred")
+        pair = tuple(encode(tokenizer, prompt, answer, place) for answer in (chosen, rejected))
+        if pair[0] == pair[1]:
+            raise UserError(f"{place}: chosen and rejected are equal as tokens")
+        longest = max(map(len, pair))
+        if longest <= max_length:
+            pairs.append(pair)
+        elif too_long == "refuse":
+            raise UserError(
+                f"{place} has {longest} tokens, and {max_length} fit: raise max_length (the model's "
+                "context permitting), or leave such rows out with --method.too-long drop"
+            )
+    if not pairs:
+        raise UserError(f"{name}: no row has at most {max_length} tokens; raise max_length")
+    return pairs
+
+
+def _prompt_and_answers(row: Row, columns: Mapping[str, str], place: str) -> tuple[Any, Any, Any]:
+    chosen, rejected = (pick(row, column, columns, place) for column in ("chosen", "rejected"))
+    if columns.get("prompt", "prompt") in row:
+        return pick(row, "prompt", columns, place), chosen, rejected
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        pick(row, "prompt", columns, place)
+    both = zip(chosen, rejected, strict=False)
+    shared = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], both)]
+    if not shared:
+        raise UserError(f"{place}: chosen and rejected share no first message: add a prompt column")
+    return shared, list(chosen)[len(shared) :], list(rejected)[len(shared) :]
+
+
+def _messages(value: Any, role: str, place: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    try:
+        messages = [dict(message) for message in value]
+        whole = all({"role", "content"} <= message.keys() for message in messages)
+    except (TypeError, ValueError):
+        messages, whole = [], False
+    if not messages or not whole:
+        raise UserError(
+            f"{place}: must be text, or a list of messages with role and content, got {value!r:.80}"
+        )
+    return messages
+
+
+def _chat(tokenizer: Any, prompt: list[Any], completion: Any, place: str) -> tuple[str, str]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{place} holds chat messages, and the tokenizer has no chat template: give plain text, "
+            "or a model that is made for chats"
+        )
+    answer = _messages(completion, "assistant", place)
+    asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
+    if not whole.startswith(asked):
+        raise UserError(
+            f"{place}: the chat template writes the prompt otherwise once it is answered, so that the "
+            "completion cannot be told from it: give plain text"
+        )
+    return asked, whole[len(asked) :].rstrip("\n")
+
+
+def _read_file(path: Path) -> list[Any]:
+    if path.suffix == ".parquet":
+        parquet: Any = needed("pyarrow.parquet", str(path), "language")
+        return parquet.read_table(path).to_pylist()
+    if path.suffix not in (".jsonl", ".json"):
+        raise UserError(f"{path} must be .jsonl, .json or .parquet")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        try:
+            whole = json.loads(text)
+            return whole if isinstance(whole, list) else [whole]
+        except json.JSONDecodeError:
+            pass  # Many files of one object a line are named so.
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
+    return rows
+
+
+def _read_hugging_face(source: str, path: Path, split: str) -> list[Any]:
+    datasets: Any = needed("datasets", source, "language")
+    try:
+        if path.is_dir() and (path / "dataset_info.json").exists():
+            return list(datasets.load_from_disk(str(path)))
+        if path.is_dir() and (path / "dataset_dict.json").exists():
+            return list(datasets.load_from_disk(str(path))[split])
+        return list(datasets.load_dataset(source, split=split))
+    except (FileNotFoundError, ConnectionError, ValueError, KeyError, OSError) as error:
+        raise UserError(f"{source} is no data set that can be read: {error}") from error

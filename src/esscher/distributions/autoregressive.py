@@ -1,0 +1,201 @@
+"""A causal language model of the transformers library as a distribution over completions.
+
+Log-probabilities are taken from hidden states and the output matrix, in chunks, so that no tensor of
+batch x time x vocabulary is ever held. Generation keeps a key-value cache, drops rows that are done,
+and gives every sequence its own random numbers.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from esscher.errors import UserError
+from esscher.functional.sequences import shifted, token_log_probs
+from esscher.samplers.decoding import Decoding, decoding_log_probs, draw, uniforms
+from esscher.types import Completions
+
+
+class LanguageModel(nn.Module):
+    """Scores and draws completions of token sequences.
+
+    Dropout is switched off, also in training: the probabilities of a completion must not depend on
+    who asks.
+
+    Args:
+        model: an AutoModelForCausalLM, or one with adapters of peft around it.
+        end_tokens: any of them ends a completion, and counts as a part of it.
+        pad_token: fills up rows; never scored.
+
+    Raises:
+        UserError: the model's logits are not its last hidden states times its output matrix.
+    """
+
+    def __init__(self, model: nn.Module, *, end_tokens: Sequence[int], pad_token: int):
+        super().__init__()
+        self.model: Any = model
+        self.end_tokens, self.pad_token = tuple(end_tokens), pad_token
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        parameters = inspect.signature(self._causal.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        # transformers has renamed it.
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._check_head()
+
+    @property
+    def _causal(self) -> Any:
+        """The model without what peft wraps around it; its adapters, which lie inside, stay."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output matrix, one row a token of the vocabulary."""
+        return self._causal.get_output_embeddings()
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of a prompt and its completion together; None where there is no limit."""
+        return getattr(self._causal.config, "max_position_embeddings", None)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.head.weight.shape[0]
+
+    def log_prob(
+        self,
+        tokens: Int[Tensor, "b t"],
+        token_mask: Bool[Tensor, "b t"],
+        completion_mask: Bool[Tensor, "b t"],
+    ) -> Float[Tensor, "b t"]:
+        """Log-probability, in nats, of each token of the completions given all before it; else 0.
+
+        Args:
+            tokens: prompts and completions; padding on either side.
+            token_mask: what is no padding.
+            completion_mask: what is scored; never the first token.
+
+        Gradient: to the model's parameters.
+        """
+        hidden = self._hidden(tokens, token_mask)
+        head, (targets, mask) = self.head, shifted(tokens, completion_mask)
+        logp = token_log_probs(hidden[:, :-1], head.weight, targets, mask, bias=head.bias)
+        return nn.functional.pad(logp, (1, 0))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Int[Tensor, "p t"],
+        prompt_mask: Bool[Tensor, "p t"],
+        seeds: Sequence[int],
+        decoding: Decoding,
+    ) -> Completions:
+        """Completions of prompts, equally many of each: as many in all as there are seeds.
+
+        Args:
+            prompts: padded on the left.
+            prompt_mask: what is no padding.
+            seeds: one a completion, those of the first prompt first. A completion depends on its
+                prompt, its seed and the weights (up to rounding, which depends on the batch).
+            decoding: how to draw.
+
+        Raises:
+            UserError: prompts and completions do not fit the model's context, a prompt is empty, or
+                the seeds cannot be shared equally among the prompts.
+        """
+        copies = self._check_prompts(prompts, prompt_mask, len(seeds), decoding)
+        device, count, limit = prompts.device, len(seeds), decoding.max_new_tokens
+        uniform = uniforms(seeds, limit).to(device)
+        tokens = torch.full((count, limit), self.pad_token, device=device)
+        logp = torch.zeros(count, limit, device=device)
+        length = torch.zeros(count, dtype=torch.long, device=device)
+        finished = torch.zeros(count, dtype=torch.bool, device=device)
+        ends = torch.tensor(self.end_tokens, device=device)
+        rows = torch.arange(count, device=device)
+        mask = prompt_mask
+        output = self._step(prompts, mask, None)
+        cache = getattr(output, self._cache_name)
+        cache.batch_repeat_interleave(copies)
+        logits = output.logits[:, -1].repeat_interleave(copies, 0)
+        mask = mask.repeat_interleave(copies, 0)
+        for position in range(limit):
+            distribution = decoding_log_probs(logits, decoding)
+            token = draw(distribution, uniform[rows, position])
+            tokens[rows, position] = token
+            logp[rows, position] = distribution.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+            length[rows] = position + 1
+            ended = torch.isin(token, ends)
+            finished[rows] = ended
+            if position + 1 == limit:
+                break
+            if ended.any():
+                going = (~ended).nonzero().squeeze(-1)
+                if len(going) == 0:
+                    break
+                rows, token, mask = rows[going], token[going], mask[going]
+                cache.batch_select_indices(going)
+            mask = nn.functional.pad(mask, (0, 1), value=True)
+            logits = self._step(token.unsqueeze(-1), mask, cache).logits[:, -1]
+        longest = int(length.max())
+        completion = torch.arange(longest, device=device) < length.unsqueeze(-1)
+        return Completions(
+            tokens=torch.cat([prompts.repeat_interleave(copies, 0), tokens[:, :longest]], 1),
+            prompt_mask=nn.functional.pad(
+                prompt_mask.repeat_interleave(copies, 0), (0, longest), value=False
+            ),
+            completion_mask=nn.functional.pad(completion, (prompts.shape[1], 0), value=False),
+            logp=nn.functional.pad(logp[:, :longest], (prompts.shape[1], 0)),
+            group=torch.arange(len(prompts), device=device).repeat_interleave(copies),
+            finished=finished,
+        )
+
+    def _hidden(
+        self, tokens: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]
+    ) -> Float[Tensor, "b t d"]:
+        options = self._inputs(tokens, mask)
+        return self._causal.base_model(**options, use_cache=False).last_hidden_state
+
+    def _step(self, tokens: Int[Tensor, "b t"], mask: Bool[Tensor, "b s"], cache: Any) -> Any:
+        options = self._inputs(tokens, mask)
+        options[self._cache_name] = cache
+        return self._causal(**options, use_cache=True, logits_to_keep=1)
+
+    def _inputs(self, tokens: Int[Tensor, "b t"], mask: Bool[Tensor, "b s"]) -> dict[str, Any]:
+        """Positions count what is no padding, so that padding on the left changes nothing."""
+        options: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask.long()}
+        if self._takes_positions:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            options["position_ids"] = positions[:, -tokens.shape[1] :]
+        return options
+
+    def _check_prompts(self, prompts: Tensor, mask: Tensor, count: int, decoding: Decoding) -> int:
+        copies, rest = divmod(count, len(prompts))
+        if copies == 0 or rest:
+            raise UserError(f"seeds must be a multiple of the {len(prompts)} prompts, got {count}")
+        if not bool(mask.any(-1).all()):
+            row = int((~mask.any(-1)).nonzero()[0])
+            raise UserError(f"prompt {row} is empty: give it at least a beginning-of-text token")
+        longest, limit = int(mask.sum(-1).max()), self.context_length
+        if limit is not None and longest + decoding.max_new_tokens > limit:
+            raise UserError(
+                f"a prompt of {longest} tokens and max_new_tokens {decoding.max_new_tokens} exceed "
+                f"the model's context of {limit}: shorten the prompt, or lower max_new_tokens"
+            )
+        return copies
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        device = self.head.weight.device
+        tokens = torch.arange(2, device=device).remainder(self.vocabulary).unsqueeze(0)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        logits = self._causal(**self._inputs(tokens, mask), use_cache=False).logits
+        ours = nn.functional.linear(self._hidden(tokens, mask), self.head.weight, self.head.bias)
+        if not torch.allclose(ours.float(), logits.float(), rtol=1e-2, atol=1e-2):
+            raise UserError(
+                f"{type(self._causal).__name__} changes its logits after the output matrix (such as "
+                "by soft-capping or scaling), which log-probabilities in chunks do not support yet"
+            )
