@@ -1,0 +1,145 @@
+"""Small data sets, made when they are asked for and always the same, for proofs and tests.
+
+Use them like any other: `--data esscher.datasets:corridor`.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from esscher.envs import Chain, CombinationLock, Corridor
+from esscher.experience import Dataset
+from esscher.types import Transitions
+
+Columns = dict[str, NDArray[Any]]
+
+
+def pendulum() -> Columns:
+    """2,000 steps of Pendulum-v1, ten episodes, under uniformly random torques."""
+    draw = np.random.default_rng(0)
+    env = gymnasium.make("Pendulum-v1")
+    return _rows(env, lambda: draw.uniform(-2.0, 2.0, 1), 2_000)
+
+
+def chain() -> Columns:
+    """498 steps of esscher.envs:Chain: 99 times through it and a start, the action always 0."""
+    return _rows(Chain(), lambda: np.zeros(1), 498)
+
+
+def corridor() -> Columns:
+    """4,000 steps along esscher.envs:Corridor: six in ten go forward, four in ten back."""
+    draw, env = np.random.default_rng(0), Corridor()
+
+    def stagger() -> NDArray[Any]:
+        action = np.zeros(2)
+        action[env.direction] = 1.0 if draw.random() < 0.6 else -1.0
+        return action
+
+    return _rows(env, stagger, 4_000)
+
+
+@cache
+def random_game() -> Dataset:
+    """100 episodes of 30 steps in esscher.games:RandomGame, by agents in their soft equilibrium."""
+    from esscher.games import RandomGame
+
+    return _demonstrations(RandomGame(), 100, 30, "esscher.datasets:random_game")
+
+
+@cache
+def gems() -> Dataset:
+    """10 episodes of 15 steps in esscher.games:Gems, by agents in their soft equilibrium."""
+    from esscher.games import Gems
+
+    return _demonstrations(Gems(), 10, 15, "esscher.datasets:gems")
+
+
+def _demonstrations(game: Any, episodes: int, length: int, name: str) -> Dataset:
+    """Steps of several agents: observations end to end, one choice an agent, mean rewards."""
+    draw = np.random.default_rng(1)
+    policies = game.equilibrium.logp.exp().cumsum(-1).numpy()
+    game.reset(seed=0)
+    states: list[int] = []
+    following: list[int] = []
+    actions, rewards = [], []
+    for _ in range(episodes):
+        game.reset()
+        for _ in range(length):
+            state, levels = game.state_number, draw.random(len(policies))
+            chosen = [int((p[state] < u).sum()) for p, u in zip(policies, levels, strict=True)]
+            chosen = [min(choice, game.num_actions - 1) for choice in chosen]
+            _, reward, *_ = game.step(dict(zip(game.agents, chosen, strict=True)))
+            states.append(state)
+            following.append(game.state_number)
+            actions.append(chosen)
+            rewards.append(float(np.mean(list(reward.values()))))
+    obs, next_obs = (
+        game.observe(torch.tensor(numbers)).repeat(1, len(policies))
+        for numbers in (states, following)
+    )
+    step = torch.arange(len(states)) % length
+    transitions = Transitions(
+        obs=obs,
+        action=torch.tensor(actions),
+        reward=torch.tensor(rewards),
+        next_obs=next_obs,
+        terminated=torch.zeros(len(states), dtype=torch.bool),
+        truncated=step == length - 1,
+    )
+    return Dataset(transitions=transitions, step=step, name=name)
+
+
+def _rows(
+    env: gymnasium.Env[Any, Any], behaviour: Callable[[], NDArray[Any]], count: int
+) -> Columns:
+    """So many steps, episode after episode; the last episode is cut where they end."""
+    names = ("observations", "actions", "rewards", "next_observations")
+    rows: dict[str, list[Any]] = {n: [] for n in (*names, "terminations", "truncations")}
+    obs, _ = env.reset(seed=0)
+    for _ in range(count):
+        action = behaviour().astype(np.float32)
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        step = (obs, action, np.float32(reward), next_obs, terminated, truncated)
+        for column, value in zip(rows.values(), step, strict=True):
+            column.append(value)
+        obs = env.reset()[0] if terminated or truncated else next_obs
+    env.close()
+    return {name: np.array(column) for name, column in rows.items()}
+
+
+def combination_lock_3() -> Columns:
+    """200 episodes of esscher.envs:CombinationLock, horizon 3; see `combination_lock`."""
+    return combination_lock(3, 200)
+
+
+def combination_lock_5() -> Columns:
+    """5,000 episodes of esscher.envs:CombinationLock, horizon 5; see `combination_lock`."""
+    return combination_lock(5, 5_000)
+
+
+def combination_lock_50() -> Columns:
+    """50,000 episodes of esscher.envs:CombinationLock, horizon 50: HNPG's data set, 1.3 GB."""
+    return combination_lock(50, 50_000)
+
+
+def combination_lock(horizon: int, episodes: int, **settings: Any) -> Columns:
+    """Steps of a policy that knows the combination, and acts at random once in `horizon` steps.
+
+    The right choice is 1 in its component and 0 in the others; a random action is uniform in
+    [0, 1]^10, and right one time in ten. So (1 - 0.9 / horizon)^horizon of the episodes open the
+    lock, but for the softmax: 37% of those of horizon 5.
+    """
+    draw, env = np.random.default_rng(0), CombinationLock(horizon, **settings)
+
+    def knowing() -> NDArray[Any]:
+        if draw.random() < 1 / horizon:
+            return draw.random(env.num_latent_actions)
+        state = min(env.state, env.dead - 1)  # What one does when dead does not matter.
+        return np.eye(env.num_latent_actions)[env.right[env.time, state]]
+
+    return _rows(env, knowing, horizon * episodes)
