@@ -4,6 +4,9 @@ Same network (2 x 256), batch (256), one update a step, warm-up, threads; each r
 process of either, in turn, timed by itself over the same steps after the first 500 learning ones.
 
     python benchmarks/sac_speed.py                  writes benchmarks/sac_speed.json
+    python benchmarks/sac_speed.py --sbx PYTHON     ... with SBX (JAX), by a Python that has sbx-rl
+
+bf16 compute is timed where the processor has instructions for it.
 """
 
 import argparse
@@ -74,6 +77,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE / "sac_speed.json")
+    parser.add_argument("--sbx", type=Path, metavar="PYTHON")
     parser.add_argument("--only", choices=("float32", "bfloat16", "sb3"))
     options = parser.parse_args()
     if options.only == "sb3":
@@ -82,24 +86,28 @@ def main() -> None:
     if options.only:
         print(json.dumps(esscher(options.threads, options.steps, options.only)))
         return
-    names = ("sb3", "float32", "bfloat16")
-    times: dict[str, list[float]] = {name: [] for name in names}
+    import torch
+
+    commands = {}
+    for name in ("sb3", "float32", "bfloat16"):
+        commands[name] = [sys.executable, __file__, "--only", name]
+        commands[name] += ["--steps", str(options.steps), "--threads", str(options.threads)]
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        del commands["bfloat16"]
+    if options.sbx:
+        commands["sbx"] = [str(options.sbx), str(HERE / "sbx_speed.py"), str(options.steps)]
+    times: dict[str, list[float]] = {name: [] for name in commands}
     for repetition in range(options.repetitions + 1):
-        for name in names:
-            command = [sys.executable, __file__, "--only", name]
-            command += ["--steps", str(options.steps), "--threads", str(options.threads)]
+        for name, command in commands.items():
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             milliseconds = json.loads(output.strip().splitlines()[-1])
             if repetition:  # The first round fills the compiler's cache.
                 times[name].append(milliseconds)
             print(f"{repetition} {name}: {milliseconds:.2f} ms a step", flush=True)
-    import torch
-
     ratios = {
-        name: [
-            ours and theirs / ours for theirs, ours in zip(times["sb3"], times[name], strict=True)
-        ]
-        for name in names[1:]
+        name: [other / mine for other, mine in zip(times["sb3"], times[name], strict=True)]
+        for name in commands
+        if name != "sb3"
     }
     record = {
         "what": "SAC on HalfCheetah-v5, 2 x 256, batch 256, one update a step, end to end",
@@ -110,6 +118,7 @@ def main() -> None:
         "steps": options.steps,
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "command": f"python benchmarks/sac_speed.py --steps {options.steps}",
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n")
