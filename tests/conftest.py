@@ -10,7 +10,7 @@ import torch
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("support")
 
-CHECKED = ["functional", "nn", "distributions", "critics", "experience", "types"]
+CHECKED = ["functional", "nn", "samplers", "distributions", "critics", "experience", "types"]
 
 if os.environ.get("ESSCHER_TYPECHECK", "1") != "0":
     jaxtyping.install_import_hook([f"esscher.{name}" for name in CHECKED], "checker.checked")

@@ -4,6 +4,7 @@ import json
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import torch
 from safetensors.torch import load as load_tensors
 
 import esscher
+from esscher.adapters.data import load_dataset
+from esscher.experience import Dataset
+from esscher.loops.evolve import evolve
+from esscher.loops.offline import offline
 from esscher.loops.online import online
 from esscher.registry import load_method, recipes
 from esscher.runtime import checkpoint
@@ -78,12 +83,25 @@ def final_state(run: Path, step: int | None = None) -> dict[str, Any]:
             for name, value in tensors.items():
                 rows.setdefault(name, []).append(value)
         assert expected == added
-        capacity = esscher.load(run, step=step).method.experience().capacity
+        capacity = experience_of(run, step).capacity
         held = min(added, capacity)
         for name, pieces in rows.items():
             state[f"rows.{name}"] = torch.cat(pieces)[-held:]
             assert len(state[f"rows.{name}"]) == held
     return state
+
+
+def experience_of(run: Path, step: int | None = None) -> Any:
+    """A fresh store of the kind that a run learns from, around its data if it has any."""
+    loaded = esscher.load(run, step=step)
+    source = loaded.experiment.stages[-1].data
+    data = None if source is None else load_dataset(source, loaded.method.spec)
+    return store(loaded.method, data)
+
+
+def store(method: Any, data: Dataset | None) -> Any:
+    """A method's experience, with data for those that read any."""
+    return method.experience() if method.data == "none" else method.experience(data)
 
 
 def differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
@@ -119,11 +137,34 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert metrics(left) == metrics(right)
 
 
-def learner(slug: str, spec: Spec, seed: int = 0, **options: Any) -> Any:
-    """A fresh method with its smoke configuration."""
+@cache
+def spec_of(slug: str) -> Spec:
+    """Of the task of a method's smoke recipe."""
+    parts = runner._Parts(smoke(slug))
+    parts.close()
+    return parts.envs.spec
+
+
+@cache
+def data_of(slug: str) -> Dataset | None:
+    """What a method's smoke recipe learns from, if it reads data."""
+    source = smoke(slug).stages[-1].data
+    return None if source is None else load_dataset(source, spec_of(slug))
+
+
+def learner(slug: str, spec: Spec | None = None, seed: int = 0, **options: Any) -> Any:
+    """A fresh method with its smoke configuration, for its smoke task or for another."""
+    spec = spec_of(slug) if spec is None else spec
     torch.manual_seed(seed)
     config = replace(recipes(slug)["smoke"]().method, **options)
     return load_method(slug)(config, spec, Runtime(RUNTIME))
+
+
+def policy_leaves(method: Any) -> list[str]:
+    """Names, in the method's state, of what its policy is made of."""
+    own = {p.data_ptr() for p in method.policy.parameters()}
+    state = method.state_dict()
+    return [n for n, v in state.items() if torch.is_tensor(v) and v.data_ptr() in own]
 
 
 def transitions(size: int, obs_dim: int = 3, action_dim: int = 1, seed: int = 0) -> Transitions:
@@ -148,9 +189,16 @@ def parts_after(experiment: esscher.Experiment, updates: int) -> Any:
 
 def advance(parts: Any, experiment: esscher.Experiment, updates: int) -> None:
     """So many updates more."""
-    goal, seed = parts.loop.num_updates + updates, experiment.seed
-    rest = online(parts.method, parts.envs, parts.experience, parts.loop, seed=seed, steps=100_000)
-    while parts.loop.num_updates < goal:
+    method, experience, loop = parts.method, parts.experience, parts.loop
+    goal = loop.num_updates + updates
+    limits = {"seed": experiment.seed, "steps": 100_000}
+    if parts.kind == "offline":
+        rest = offline(method, experience, loop, **limits)
+    elif parts.kind == "evolve":
+        rest = evolve(method, parts.envs, experience, loop, **limits)
+    else:
+        rest = online(method, parts.envs, experience, loop, **limits)
+    while loop.num_updates < goal:
         next(rest)
 
 

@@ -141,21 +141,26 @@ def _eval(arguments: list[str]) -> int:
     folder = Path(_positional(arguments, "esscher eval RUN [options]", "RUN"))
     options = _parse(EvalOptions, arguments, "esscher eval RUN")
     from esscher.experiment import EvaluationConfig
-    from esscher.runtime.evaluate import Evaluator
+    from esscher.runtime.evaluate import Evaluator, achieved_by
     from esscher.runtime.load import load
 
     loaded = load(folder, step=options.step)
+    policy = _policy_of(loaded, options)
     stage = loaded.experiment.stages[-1]
     env = stage.env if options.env is None else replace(stage.env, id=options.env)
+    task = replace(loaded.experiment, stages=(replace(stage, env=env),)).task
     config = EvaluationConfig(episodes=options.episodes, deterministic=not options.stochastic)
-    evaluator, wanted = Evaluator(env, config, options.seed), loaded.policy.spec
+    evaluator, wanted = Evaluator(task, config, options.seed), loaded.policy.spec
     for name in ("obs_shape", "action_shape", "num_actions"):
         here, there = getattr(wanted, name), getattr(evaluator.spec, name)
         if here != there:
             raise UserError(f"{folder} cannot act in {env.id}: {name} is {there}, needs {here}")
-    evaluation = evaluator(loaded.policy.policy)
+    evaluation = evaluator(policy.policy)
+    told: dict[str, Any] = evaluation.to_json()
+    if options.descriptor is not None:
+        told["descriptor_mean"] = achieved_by(policy.policy, task, config, options.seed)
     if options.json:
-        print(json.dumps(evaluation.to_json()))
+        print(json.dumps(told))
     else:
         low, high = min(evaluation.returns), max(evaluation.returns)
         print(
@@ -164,7 +169,19 @@ def _eval(arguments: list[str]) -> int:
             f"{_count(options.episodes, 'episode')} "
             f"({low:,.1f} to {high:,.1f})"
         )
+        if options.descriptor is not None:
+            found = ", ".join(f"{x:.3g}" for x in told["descriptor_mean"])
+            print(f"descriptor: {found} on average")
     return 0
+
+
+def _policy_of(loaded: Any, options: Any) -> Any:
+    """The run's policy, or the one for the behaviour that was asked for."""
+    if options.asked and options.descriptor is None:
+        raise UserError("--asked needs --descriptor: what the actor is asked for")
+    if options.descriptor is None:
+        return loaded.policy
+    return loaded.policy_for(options.descriptor, asked=options.asked)
 
 
 def _prove(arguments: list[str]) -> int:
@@ -212,6 +229,7 @@ def _compare(arguments: list[str]) -> int:
     experiments = comparison(
         slugs,
         env=options.env,
+        data=options.data,
         steps=options.steps,
         seeds=_seeds(options.seeds, options.seed),
         hidden=None if options.as_published else options.hidden,
@@ -251,11 +269,99 @@ def _export(arguments: list[str]) -> int:
 
     out = options.out or folder / "policy.onnx"
     try:
-        load(folder, step=options.step).policy.to_onnx(out)
+        _policy_of(load(folder, step=options.step), options).to_onnx(out)
     except ImportError:
         raise UserError('export to onnx needs: pip install "esscher[export]"') from None
     print(f"exported: {out} (obs float32 [batch, features] -> action)")
     return 0
+
+
+def _data(arguments: list[str]) -> int:
+    """Make, mix and look at sets of logged steps: esscher data collect|combine|show."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print("usage: esscher data WORD [options]      (esscher data WORD --help tells more)\n")
+        for word, function in DATA_WORDS.items():
+            print(f"  {word:<8} {(function.__doc__ or '').strip().splitlines()[0]}")
+        return 0
+    if not arguments:
+        raise UserError(f"WORD is missing: esscher data {'|'.join(DATA_WORDS)}")
+    word, rest = arguments[0], arguments[1:]
+    if word not in DATA_WORDS:
+        raise UserError(f"data knows no {word!r}: {nearest(word, DATA_WORDS)}")
+    return DATA_WORDS[word](rest)
+
+
+def _data_collect(arguments: list[str]) -> int:
+    """Act with a run's policy and write what happens: esscher data collect RUN --out NAME."""
+    usage = "esscher data collect RUN --out NAME"
+    wants_help = arguments[:1] in (["-h"], ["--help"])  # The options are the same for every run.
+    folder = Path("RUN" if wants_help else _positional(arguments, usage, "RUN"))
+    options = _parse(_collect_options(), arguments, "esscher data collect RUN")
+    if options.stochastic and options.deterministic:
+        raise UserError("--stochastic and --deterministic exclude each other: leave out one")
+    from esscher.runtime.collect import collect
+
+    return _announce(
+        lambda: collect(
+            folder,
+            options.out,
+            policy=options.policy,
+            episodes=options.episodes,
+            step=options.step,
+            stochastic=not options.deterministic,
+            seed=options.seed,
+            reference=options.reference,
+            step_limit=options.step_limit,
+        ),
+        options.out,
+    )
+
+
+def _data_combine(arguments: list[str]) -> int:
+    """Several sets of one task as one: esscher data combine NAME NAME ... --out NAME."""
+    names = []
+    while arguments and not arguments[0].startswith("-"):
+        names.append(arguments.pop(0))
+    options = _parse(CombineOptions, arguments, "esscher data combine NAME NAME ...")
+    from esscher.runtime.collect import combine
+
+    return _announce(lambda: combine(names, options.out, reference=options.reference), options.out)
+
+
+def _data_show(arguments: list[str]) -> int:
+    """Size, returns, lengths and ends, checked against a task if given: esscher data show SOURCE."""
+    wants_help = arguments[:1] in (["-h"], ["--help"])
+    usage = "esscher data show SOURCE [--env.id ID]"
+    source = "" if wants_help else _positional(arguments, usage, "SOURCE")
+    options = _parse(DataShowOptions, arguments, "esscher data show SOURCE")
+    from rich import box
+    from rich.table import Table
+
+    from esscher.adapters.data import describe, load_dataset
+
+    spec = None
+    if options.env.id is not None:
+        from esscher.adapters.gymnasium import Environments
+        from esscher.experiment import EnvConfig
+
+        envs = Environments(EnvConfig(id=options.env.id, kwargs=options.env.kwargs), seed=0)
+        spec = envs.spec
+        envs.close()
+    data = load_dataset(source, spec)
+    table = Table(title=data.name, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    for label, value in describe(data).items():
+        table.add_row(label, value)
+    fits = "not checked (--env.id ID does)" if spec is None else f"fits {options.env.id}"
+    table.add_row("task", fits)
+    _console().print(table)
+    return 0
+
+
+DATA_WORDS: dict[str, Callable[[list[str]], int]] = {
+    "collect": _data_collect,
+    "combine": _data_combine,
+    "show": _data_show,
+}
 
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
@@ -269,6 +375,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "compare": _compare,
     "report": _report,
     "export": _export,
+    "data": _data,
 }
 
 
@@ -310,6 +417,10 @@ class EvalOptions:
     """Another environment of the same spaces."""
     stochastic: bool = False
     """Sample actions instead of taking the mode."""
+    descriptor: tuple[float, ...] | None = None
+    """Of runs that fill an archive: the elite nearest to this behaviour, instead of the best one."""
+    asked: bool = False
+    """With --descriptor: the actor that is asked for it, instead of the elite."""
     json: bool = False
     """Print one JSON object, for scripts."""
 
@@ -322,6 +433,31 @@ class ExportOptions:
     """File; by default policy.onnx in the run folder."""
     step: int | None = None
     """Checkpoint; by default the newest."""
+    descriptor: tuple[float, ...] | None = None
+    """Of runs that fill an archive: the elite nearest to this behaviour, instead of the best one."""
+    asked: bool = False
+    """With --descriptor: the actor that is asked for it, instead of the elite."""
+
+
+@dataclass
+class CombineOptions:
+    out: str
+    """Name of the new Minari set, such as hopper/medium-expert-v0."""
+    reference: tuple[float, float] | None = None
+    """Returns that count as 0 and as 100 in normalised scores; by default what the sets state."""
+
+
+@dataclass
+class DataTask:
+    id: str | None = None
+    """Task that the data must fit; by default they are shown as they are."""
+    kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Passed to the environment."""
+
+
+@dataclass
+class DataShowOptions:
+    env: DataTask = field(default_factory=DataTask)
 
 
 @dataclass
@@ -366,6 +502,34 @@ class SweepExtras:
     """How often a failed run is resumed."""
 
 
+def _collect_options() -> type:
+    from tyro.conf import FlagCreatePairsOff
+
+    @dataclass
+    class CollectOptions:
+        out: str
+        """Name of the Minari set to write, such as hopper/medium-v0; it must not exist yet."""
+        policy: Literal["agent", "random", "replay"] = "agent"
+        """agent: the run's policy; random: uniform actions; replay: the steps that the run's replay
+        holds."""
+        episodes: int | None = None
+        """Episodes to run, 100 by default; a replay is written whole."""
+        step: int | None = None
+        """Checkpoint to read, by default the newest; an earlier one is a weaker policy."""
+        stochastic: FlagCreatePairsOff[bool] = False
+        """Sample the agent's actions, as is done unless --deterministic is given."""
+        deterministic: FlagCreatePairsOff[bool] = False
+        """Take the mode of the agent's policy instead."""
+        seed: int = 1
+        """Of the episodes' starts and of all sampling."""
+        reference: tuple[float, float] | None = None
+        """Returns that count as 0 and as 100 in normalised scores."""
+        step_limit: int = 10_000
+        """Steps after which an episode is cut in a task that has no limit of its own."""
+
+    return CollectOptions
+
+
 def _compare_options() -> type:
     from esscher.experiment import EnvConfig, EvaluationConfig, LogConfig
     from esscher.runtime.device import RuntimeConfig
@@ -374,8 +538,10 @@ def _compare_options() -> type:
     class CompareOptions:
         env: EnvConfig = field(default_factory=EnvConfig)
         """The task."""
+        data: str | None = None
+        """Logged steps for the methods among them that read any."""
         steps: int = 100_000
-        """Environment steps of each run."""
+        """Environment steps of each run; updates, where a method learns from data alone."""
         seeds: int = 3
         """Number of seeds, counted from --seed."""
         seed: int = 0
@@ -422,6 +588,7 @@ def _experiment_options(
     stage = default.stages[-1]
     values = {
         "env": (type(stage.env), stage.env),
+        "data": (str | None, stage.data),
         "steps": (int, stage.steps),
         "seed": (int, default.seed),
         "method": (module.Config, default.method),
@@ -432,6 +599,8 @@ def _experiment_options(
         "label": (str | None, default.label),
     }
     helps = {
+        "data": "Logged steps to learn from: minari:NAME, FILE.hdf5 (D4RL), FOLDER of .npz, or "
+        "module:function.",
         "steps": "Environment steps, counted over all parallel copies.",
         "seed": "Decides every random number of the run.",
         "label": "Name in reports, for telling variants apart.",
@@ -451,7 +620,10 @@ def _experiment_options(
     options = _parse(options_type, arguments, program)
     experiment = Experiment(
         method=options.method,
-        stages=(*default.stages[:-1], Stage(env=options.env, steps=options.steps)),
+        stages=(
+            *default.stages[:-1],
+            Stage(env=options.env, data=options.data, steps=options.steps),
+        ),
         seed=options.seed,
         evaluation=options.evaluation,
         checkpoint=options.checkpoint,
@@ -475,6 +647,23 @@ def _positional(arguments: list[str], usage: str, name: str) -> str:
         print(f"usage: {usage}\n\n(options depend on {name}: give it before --help)")
         sys.exit(0)
     raise UserError(f"{name} is missing: {usage}")
+
+
+def _announce(write: Callable[[], Any], name: str) -> int:
+    try:
+        written = write()
+    except KeyboardInterrupt:
+        print(f"esscher: stopped; nothing was written under {name}", file=sys.stderr)
+        return INTERRUPTED
+    from statistics import fmean, pstdev
+
+    returns = written.returns
+    print(
+        f"{written.name}: {_count(len(returns), 'episode')}, {written.steps:,} steps, return "
+        f"{fmean(returns):,.1f} +- {pstdev(returns):,.1f} ({min(returns):,.1f} to "
+        f"{max(returns):,.1f})\nset: {written.path}\ndata: minari:{written.name}"
+    )
+    return 0
 
 
 def _finish_run(start: Callable[[], Any]) -> int:

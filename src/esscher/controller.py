@@ -30,6 +30,11 @@ class Controller(nn.Module):
         self.register_buffer("low", torch.tensor(spec.action_low))
         self.register_buffer("high", torch.tensor(spec.action_high))
 
+    @property
+    def reset_options(self) -> dict[str, Any] | None:
+        """What the policy wants an episode to begin with: env.reset(options=...). None: nothing."""
+        return getattr(self.policy, "reset_options", None)
+
     def forward(
         self, obs: Float[Tensor, "b o"], deterministic: bool = True
     ) -> Shaped[Tensor, "b *a"]:

@@ -1,6 +1,7 @@
 """Errors that a user can mend: one clear sentence with the field, the value and the remedy."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,11 @@ def require(name: str, value: Any, condition: bool, permitted: str) -> None:
     """
     if not condition:
         raise UserError(f"{name} must be {permitted}, got {value}")
+
+
+def disk_full(error: OSError) -> bool:
+    """Whether writing failed for want of space, quota or permitted file size."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

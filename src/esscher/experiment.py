@@ -5,6 +5,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from esscher import __version__
@@ -38,10 +39,14 @@ class EnvConfig:
 class Stage:
     """One phase of training: a loop, what it runs on, and how long."""
 
-    loop: Literal["online"] = "online"
     env: EnvConfig = field(default_factory=EnvConfig)
+    """The task; one that learns from data alone is only judged in it."""
+    data: str | None = None
+    """Logged steps to learn from: minari:NAME, FILE.hdf5 (D4RL), FOLDER of .npz, or module:function
+    for your own (returns arrays, or an esscher.experience.Dataset)."""
     steps: int = 100_000
-    """Environment steps, counted over all parallel copies."""
+    """Environment steps, counted over all parallel copies; updates, where a method learns from data
+    alone."""
 
     def __post_init__(self) -> None:
         require("steps", self.steps, self.steps >= 1, ">= 1")
@@ -127,6 +132,7 @@ class Experiment:
         method: Any,
         *,
         env: EnvConfig | str | None = None,
+        data: str | None = None,
         steps: int = 100_000,
         **options: Any,
     ) -> "Experiment":
@@ -135,14 +141,15 @@ class Experiment:
         Args:
             method: a slug ("sac") or a method's Config.
             env: an environment id or a whole EnvConfig.
-            steps: environment steps.
+            data: logged steps to learn from; see Stage.
+            steps: environment steps, or updates from data alone.
             options: further fields (seed, evaluation, checkpoint, runtime, log, label).
         """
         if isinstance(method, str):
             method = load_method(method).Config()
         if not isinstance(env, EnvConfig):
             env = EnvConfig() if env is None else EnvConfig(id=env)
-        return cls(method=method, stages=(Stage(env=env, steps=steps),), **options)
+        return cls(method=method, stages=(Stage(env=env, data=data, steps=steps),), **options)
 
     @property
     def slug(self) -> str:
@@ -152,12 +159,27 @@ class Experiment:
     def name(self) -> str:
         return self.label or self.slug
 
+    @property
+    def task(self) -> EnvConfig:
+        """The last stage's task as the method acts in it, with what the method wraps around it."""
+        return load_method(self.slug).task(self.method, self.stages[-1].env)
+
     def resolved(self) -> "Experiment":
-        """With every automatic choice of the runtime made for this machine.
+        """With every automatic choice of the runtime made for this machine, and data files named by
+        their whole path, so that a run can be resumed from another working folder.
 
         Raises:
-            UserError: the device is not there, or warm-up leaves no step to learn in.
+            UserError: the device is not there, warm-up leaves no step to learn in, or data are given
+                to a method that reads none, or missing for one that needs them.
         """
+        kind = load_method(self.slug)
+        if kind.data == "none" and self.stages[-1].data is not None:
+            raise UserError(f"{self.slug} learns from its own steps only: leave out --data")
+        if kind.data == "required" and self.stages[-1].data is None:
+            raise UserError(
+                f"{self.slug} learns from logged steps: give --data minari:NAME, FILE.hdf5, a FOLDER "
+                "of .npz files or module:function (esscher data collect makes some)"
+            )
         steps, warmup = self.stages[-1].steps, getattr(self.method, "warmup", 0)
         if warmup >= steps:
             raise UserError(
@@ -165,7 +187,8 @@ class Experiment:
                 "--method.warmup, or raise --steps"
             )
         width = max(getattr(self.method, "hidden", ()), default=0)
-        return replace(self, runtime=self.runtime.resolve(steps, width))
+        stages = tuple(replace(stage, data=_whole_path(stage.data)) for stage in self.stages)
+        return replace(self, stages=stages, runtime=self.runtime.resolve(steps, width))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the slug and the version that can read it."""
@@ -185,6 +208,11 @@ class Experiment:
         config = load_method(data.pop("slug")).Config
         method = _decode(config, data.pop("method"), "method")
         return replace(_decode(cls, {**data, "method": None}, "experiment"), method=method)
+
+
+def _whole_path(data: str | None) -> str | None:
+    path = None if data is None else Path(data).expanduser()
+    return str(path.absolute()) if path is not None and path.exists() else data
 
 
 def _encode(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """What a method is: one flat class in one file, known to the loops by three small protocols."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, Shaped
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from esscher.errors import UserError
 from esscher.runtime.device import Runtime
 from esscher.runtime.state import Stateful
-from esscher.types import Action, Metrics, Spec
+from esscher.types import Action, Candidates, Episodes, Metrics, Spec
 
 Batch = TypeVar("Batch", contravariant=True)
 
@@ -38,8 +38,28 @@ class Method(Stateful):
     A subclass names its `Config` and takes `(cfg, spec, runtime)`; nothing inherits from a method.
     """
 
+    loop: ClassVar[Literal["online", "offline", "evolve"]] = "online"
+    """offline: nothing but logged data, and the task serves only to judge the policy; evolve: a
+    population, judged by whole episodes."""
+    data: ClassVar[Literal["none", "optional", "required"]] = "none"
+    """Whether logged steps are read; then `experience` takes them (None where they are optional)."""
+    headline: ClassVar[str] = "return"
+    """The training metric that the live display shows."""
+    games: ClassVar[bool] = False
+    """Whether several agents can be trained, each with choices of its own."""
+
     def __init__(self, cfg: Any, spec: Spec, runtime: Runtime):
+        if spec.num_agents > 1 and not self.games:
+            raise UserError(
+                f"{type(self).__name__} trains one agent, and this task has {spec.num_agents}: use "
+                "mamql, or a task of one agent"
+            )
         self.cfg, self.spec, self.runtime = cfg, spec, runtime
+
+    @classmethod
+    def task(cls, cfg: Any, env: Any) -> Any:
+        """The task (an EnvConfig) as this method acts in it, with what it wraps around it."""
+        return env
 
 
 class Learner(Protocol[Batch]):
@@ -72,8 +92,8 @@ class Experience(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Control(Learner[Any], Actor, Protocol):
-    """A method that the online loop can train."""
+class Learning(Learner[Any], Protocol):
+    """A method that the offline loop can train."""
 
     cfg: Any
     spec: Spec
@@ -83,13 +103,36 @@ class Control(Learner[Any], Actor, Protocol):
         """What is deployed: maps observations to a distribution with `mode` and `sample`."""
         ...
 
-    def experience(self) -> Experience:
-        """An empty store of the kind that this method learns from."""
+    def experience(self, *data: Any) -> Any:
+        """What this method learns from: an empty store of steps, or one around the data given."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Evolver(Learning, Protocol):
+    """A method that the evolve loop can train: it proposes, and is told what came of it."""
+
+    num_updates: int
+    """Of its networks, so far."""
+
+    def ask(self, experience: Any) -> Candidates:
+        """Whom to judge next."""
+        ...
+
+    def play(self, candidates: Candidates, obs: Float[Tensor, "n o"]) -> Float[Tensor, "n a"]:
+        """What each of them does, in [-1, 1]."""
+        ...
+
+    def tell(self, candidates: Candidates, episodes: Episodes, experience: Any) -> list[Metrics]:
+        """Take in an episode of each, and learn; what there is to report."""
+        ...
+
+
+class Control(Learning, Actor, Protocol):
+    """A method that the online loop can train; its `experience` is an `Experience`."""
 
 
 def act_by(

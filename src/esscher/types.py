@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar, dataclass_transform
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 Metrics = dict[str, Tensor]
@@ -83,6 +83,24 @@ class Transitions(Record):
 
 
 @record
+class NStepTransitions(Transitions):
+    """Several steps as one: `next_obs` lies up to n steps ahead."""
+
+    discount: Float[Tensor, "b"]
+    """Weight of the value of `next_obs`: the discount to the power of the steps up to there."""
+
+
+@record
+class DescribedTransitions(Transitions):
+    """Steps that know how the episode around them turned out, and how it was meant to."""
+
+    achieved: Float[Tensor, "b c"]
+    """Descriptor of the whole episode."""
+    requested: Float[Tensor, "b c"]
+    """Descriptor that the actor was asked for; equal to `achieved` where nothing was asked."""
+
+
+@record
 class Rollout(Record):
     """Consecutive steps of n environments; `extras` holds what the actor said at acting time."""
 
@@ -103,6 +121,64 @@ class Action(Record):
     extras: dict[str, Float[Tensor, "n"]] = dataclasses.field(default_factory=dict)
 
 
+@record
+class Population(Record):
+    """Individuals that have been judged."""
+
+    genotype: Float[Tensor, "p g"]
+    fitness: Float[Tensor, "p"]
+    descriptor: Float[Tensor, "p c"]
+
+
+@record
+class Completions(Record):
+    """Prompts, padded on the left, and what a language model wrote after them."""
+
+    tokens: Int[Tensor, "b t"]
+    prompt_mask: Bool[Tensor, "b t"]
+    completion_mask: Bool[Tensor, "b t"]
+    """The tokens that were drawn, an end token included."""
+    logp: Float[Tensor, "b t"]
+    """Log-probability of each drawn token, in nats, under the distribution that it was drawn from
+    (temperature and truncation included); elsewhere 0."""
+    group: Int[Tensor, "b"]
+    """Which prompt a row answers."""
+    finished: Bool[Tensor, "b"]
+    """Whether an end token was drawn, rather than the limit of length reached."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Individuals to be judged, an episode each: first networks of their own, then one network
+    that is asked for descriptors.
+    """
+
+    genotype: Float[Tensor, "p g"]
+    intended: Float[Tensor, "p c"]
+    """Descriptor that each of these was made for, in [-1, 1]; NaN where nothing was intended."""
+    requested: Float[Tensor, "q c"]
+    """Descriptors that the one network is asked for, about [-1, 1]."""
+
+    def __len__(self) -> int:
+        return len(self.genotype) + len(self.requested)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Episodes:
+    """One whole episode of each of n individuals."""
+
+    transitions: Transitions
+    """All steps, in the order of time; those of an individual end with its episode."""
+    individual: Int[Tensor, "b"]
+    """Which individual made each step, in [0, n)."""
+    fitness: Float[Tensor, "n"]
+    """Undiscounted returns."""
+    length: Int[Tensor, "n"]
+    """Steps."""
+    descriptor: Float[Tensor, "n c"]
+    """What each episode turned out to be."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
     """What a controller has to know of its task.
@@ -120,6 +196,11 @@ class Spec:
     action_start: int = 0
     """First label of a discrete action space."""
     num_envs: int = 1
+    num_agents: int = 1
+    """Above 1, observations are as many of one length, end to end, and an action is as many choices."""
+    descriptor_low: tuple[float, ...] = ()
+    """Smallest descriptor of an episode, where the task describes its episodes; else empty."""
+    descriptor_high: tuple[float, ...] = ()
 
     @property
     def obs_dim(self) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from esscher.errors import UserError
-from esscher.experience import Replay, RolloutBuffer
+from esscher.experience import Dataset, Replay, RolloutBuffer
 from esscher.types import Action, Spec, Transitions
 
 SPEC = Spec(obs_shape=(2,), action_shape=(1,), action_low=(-1.0,), action_high=(1.0,))
@@ -114,7 +114,7 @@ def test_warm_up_ends_where_it_says() -> None:
 def test_memory_is_little_more_than_the_data() -> None:
     spec = replace(SPEC, obs_shape=(17,), action_shape=(6,))
     replay = Replay(spec, 1_000, 2)
-    tensors = [c for c in vars(replay)["_columns"] if isinstance(c, torch.Tensor)]
+    tensors = list(vars(replay)["_columns"].values())
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     raw = 1_000 * (4 * (17 + 6 + 1 + 17) + 2)
     assert raw <= sum(storages.values()) <= 1.15 * raw
@@ -220,3 +220,69 @@ def test_records_index_and_concatenate() -> None:
     assert len(both) == 3
     assert both.reward.tolist() == [0.0, 30.0, 20.0]
     assert both.to("cpu").obs.tolist() == [[0, 0], [3, -3], [2, -2]]
+
+
+# ---- several steps as one
+
+
+def logged(reward: list[float], ends: dict[int, str]) -> Dataset:
+    """Rows whose observation is their number, and whose successor is half a number on."""
+    count = len(reward)
+    obs = torch.arange(count, dtype=torch.float32)[:, None]
+    kind = [ends.get(k, "") for k in range(count)]
+    return Dataset(
+        transitions=Transitions(
+            obs=obs,
+            action=torch.zeros(count, 1),
+            reward=torch.tensor(reward),
+            next_obs=obs + 0.5,
+            terminated=torch.tensor([k == "terminated" for k in kind]),
+            truncated=torch.tensor([k == "truncated" for k in kind]),
+        ),
+        step=torch.zeros(count, dtype=torch.int64),
+        name="by hand",
+    )
+
+
+def test_n_steps_by_hand() -> None:
+    data = logged([1.0, 2.0, 4.0, 8.0, 16.0], {2: "terminated", 4: "truncated"})
+    found = data.n_step(2, 0.5)
+    assert found.reward.tolist() == [2, 4, 4, 16, 16]
+    assert found.next_obs.flatten().tolist() == [1.5, 2.5, 2.5, 4.5, 4.5]
+    assert found.terminated.tolist() == [False, True, True, False, False]
+    assert found.truncated.tolist() == [False, False, False, True, True]
+    assert found.discount.tolist() == [0.25, 0.25, 0.5, 0.25, 0.5]
+    one = data.n_step(1, 0.9)
+    for name, value in data.transitions.fields().items():
+        assert torch.equal(getattr(one, name), value), name
+    assert one.discount.tolist() == pytest.approx([0.9] * 5)
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 50])
+def test_n_steps_against_a_loop(num_steps: int) -> None:
+    draw = torch.Generator().manual_seed(num_steps)
+    reward = torch.randn(40, generator=draw).tolist()
+    ends = {k: ("terminated", "truncated")[k % 2] for k in (0, 1, 7, 12, 13, 30, 39)}
+    data, discount = logged(reward, ends), 0.8
+    found = data.n_step(num_steps, discount)
+    value = torch.randn(40, generator=draw)  # Of the successor of each row.
+    for k in range(40):
+        total, weight, row = 0.0, 1.0, k
+        while True:
+            total += weight * reward[row]
+            weight *= discount
+            if row in ends or row - k + 1 == num_steps:
+                break
+            row += 1
+        target = total + (0.0 if ends.get(row) == "terminated" else weight * value[row].item())
+        ahead = int(found.next_obs[k].item() - 0.5)
+        own = found.reward[k] + found.discount[k] * value[ahead] * ~found.terminated[k]
+        assert own.item() == pytest.approx(target, abs=1e-5)
+
+
+def test_n_steps_are_checked() -> None:
+    data = logged([1.0], {0: "truncated"})
+    with pytest.raises(UserError, match="num_steps must be >= 1"):
+        data.n_step(0, 0.9)
+    with pytest.raises(UserError, match="discount"):
+        data.n_step(1, 1.5)

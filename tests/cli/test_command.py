@@ -54,6 +54,7 @@ OPTIONS = {
     "compare": ["--env.id", "--steps", "--seeds", "--hidden", "--as-published"],
     "report": ["--out", "--title"],
     "export": ["--to", "--out", "--step"],
+    "data": ["collect", "combine", "show"],
 }
 
 
@@ -210,6 +211,39 @@ def test_eval(run_folder, capsys):
     said = capsys.readouterr().out
     assert "sac on Pendulum-v1, checkpoint of step 400" in said and "over 3 episodes" in said
     assert f"return {first['return_mean']:,.1f}" in said
+
+
+def test_eval_of_a_method_that_wraps_its_task(tmp_path, capsys):
+    """Stocks are part of what it sees: the task has to be wrapped as in training."""
+    folder = tmp_path / "run"
+    assert command("run", "distributional_dp:smoke", "--directory", folder, "--steps", 250) == 0
+    capsys.readouterr()
+    assert command("eval", folder, "--json", "--episodes", 2) == 0
+    assert len(json.loads(capsys.readouterr().out)["returns"]) == 2
+
+
+def test_eval_of_a_behaviour(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert command("run", "dcg_map_elites:smoke", "--directory", folder) == 0
+    capsys.readouterr()
+    elites = esscher.load(folder).method.archive.elites()
+    for k in (0, len(elites) - 1):
+        wanted = [f"{x:.6f}" for x in elites.descriptor[k].tolist()]
+        assert command("eval", folder, "--json", "--episodes", 2, "--descriptor", *wanted) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["descriptor_mean"] == pytest.approx(elites.descriptor[k].tolist(), abs=1e-4)
+        assert told["return_mean"] == pytest.approx(elites.fitness[k].item(), abs=1e-3)
+    assert command("eval", folder, "--episodes", 2, "--descriptor", 0.5, -0.5, "--asked") == 0
+    assert "descriptor: " in capsys.readouterr().out
+    assert command("eval", folder, "--descriptor", 0.5) == 2
+    assert "descriptor must have 2 numbers, got 1" in capsys.readouterr().err
+    assert command("eval", folder, "--asked") == 2
+    assert "--asked needs --descriptor" in capsys.readouterr().err
+
+
+def test_eval_of_a_behaviour_where_there_is_one_policy(run_folder, capsys):
+    assert command("eval", run_folder, "--descriptor", 0.5) == 2
+    assert "leave out --descriptor" in capsys.readouterr().err
 
 
 def test_eval_elsewhere(run_folder, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from command_line import BANDIT, SMALL, SMALL_METHOD, command, jobs_in_this_process
 
+from esscher.errors import UserError
 from esscher.methods.control import sac
 from esscher.proof import Check, Claim, Proof, returns_of
 from esscher.runtime import jobs
@@ -184,6 +185,24 @@ def test_compare_as_published(monkeypatch):
 # ---- proofs
 
 
+def test_compare_gives_data_to_those_who_read_them(monkeypatch, capsys):
+    folders = []
+
+    def remember(experiments, root, **options):
+        folders.extend(experiments)
+        raise UserError("enough")
+
+    monkeypatch.setattr("esscher.runtime.sweep.sweep", remember)
+    options = ("--env.id", "Pendulum-v1", "--steps", 100, "--seeds", 2)
+    data = "esscher.datasets:pendulum"
+    assert command("compare", "odice", "sac", *options, "--data", data) == 2
+    read = {(e.slug, e.seed): e.stages[-1].data for e in folders}
+    assert read == {("odice", 0): data, ("odice", 1): data, ("sac", 0): None, ("sac", 1): None}
+    capsys.readouterr()
+    assert command("compare", "sac", "td3", *options, "--data", data) == 2
+    assert "none of sac td3 learns from logged steps" in capsys.readouterr().err
+
+
 def small_proof(passes):
     def arm(seed):
         config = sac.Config(hidden=(8,), warmup=12, batch_size=4, buffer_size=100)
@@ -223,3 +242,15 @@ def test_a_proof_that_fails_has_its_status(monkeypatch, capsys):
         row = next(r for r in capsys.readouterr().out.splitlines() if r.startswith(" sac "))
         assert row.rstrip().endswith(verdict) and ("not " in row[-30:]) is not passes
     assert len(started) == 1  # the second time found its runs in --work
+
+
+def test_a_proof_never_mixes_runs_of_two_commits(monkeypatch, capsys):
+    jobs_in_this_process(monkeypatch)
+    monkeypatch.setattr(sac, "proof", small_proof(True))
+    options = ("--seeds", 1, "--work", "work", "--workers", 1, "--out", "proofs")
+    commit = Path("work/commit.txt")
+    assert command("prove", "sac", *options) == 0
+    commit.write_text("0123abc\n")
+    assert command("prove", "sac", *options) == 2
+    assert "work holds runs of commit 0123abc" in capsys.readouterr().err
+    assert commit.read_text() == "0123abc\n"

@@ -11,7 +11,7 @@ from esscher.errors import UserError
 from esscher.registry import find
 
 ROOT = Path(__file__).parents[2]
-STAND_INS = {"SLUG": "sac", "SLUG[:RECIPE]": "sac:smoke", "RECIPE": "smoke"}
+STAND_INS = {"SLUG": "sac", "SLUG[:RECIPE]": "sac:smoke", "RECIPE": "smoke", "$*": "sac"}
 
 
 class Parsed(Exception):

@@ -1,6 +1,9 @@
 """Update pieces, captured, against the same pieces run eagerly: prints what it found as JSON.
 
 A process of its own, because torch.compile cannot see through the checks that pytest installs.
+
+    python tests/contract/compiled.py            the catalogue captured, and SAC compiled
+    python tests/contract/compiled.py SLUG ...   these methods compiled, half a minute each
 """
 
 import json
@@ -20,14 +23,14 @@ UPDATES = 2
 compile_ = torch.compile
 
 
-def state_after(slug: str, graph: str) -> dict[str, Any]:
-    runtime = RuntimeConfig(device="cpu", threads=1, graph=graph)  # type: ignore[arg-type]
+def state_after(slug: str, graph: Any, precision: Any = "float32") -> dict[str, Any]:
+    runtime = RuntimeConfig(device="cpu", threads=1, graph=graph, precision=precision)
     parts = parts_after(smoke(slug, runtime=runtime), UPDATES)
     parts.close()
     return {k: v.clone() for k, v in parts.method.state_dict().items() if torch.is_tensor(v)}
 
 
-def compare(slug: str, backend: str) -> dict[str, Any]:
+def compare(slug: str, backend: str, precision: str = "float32") -> dict[str, Any]:
     pieces: list[Any] = []
 
     def capture(function: Any, **options: Any) -> Any:
@@ -38,16 +41,20 @@ def compare(slug: str, backend: str) -> dict[str, Any]:
 
     torch.compile = capture  # type: ignore[assignment]
     torch._dynamo.reset()
-    eager, captured = state_after(slug, "eager"), state_after(slug, "compile")
+    eager, captured = (state_after(slug, graph, precision) for graph in ("eager", "compile"))
     difference = max(
-        ((captured[k] - v).abs() / (1 + v.abs())).max().item() for k, v in eager.items()
+        ((captured[k].double() - v.double()).abs() / (1 + v.double().abs())).max().item()
+        for k, v in eager.items()
     )
     return {"pieces": len(pieces), "difference": difference}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = {slug: compare(slug, "aot_eager") for slug in catalogue()}
+    wanted = sys.argv[1:]
+    found = {} if wanted else {slug: compare(slug, "aot_eager") for slug in catalogue()}
+    if not wanted:
+        found["bfloat16 sac"] = compare("sac", "aot_eager", "bfloat16")
     if compiler_available("cpu"):
-        found["compiled sac"] = compare("sac", "inductor")
+        found |= {f"compiled {slug}": compare(slug, "inductor") for slug in wanted or ["sac"]}
     print(json.dumps(found))

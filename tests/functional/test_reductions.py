@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esscher.functional.reductions import masked_mean, masked_sum, masked_whiten
+from esscher.functional.reductions import (
+    aggregate,
+    aggregation_denominator,
+    masked_mean,
+    masked_sum,
+    masked_whiten,
+)
 
 VALUES = torch.tensor([[1.0, 2.0, 6.0], [4.0, 8.0, 100.0]])
 MASK = torch.tensor([[True, True, False], [True, True, False]])
@@ -116,3 +122,97 @@ def test_whitening_ignores_shift_and_positive_scale(numbers, scale, shift):
     assert white.mean().abs() < 1e-6
     assert abs(white.std(correction=0).item() - 1) < 1e-4
     assert (white.argsort() == values.argsort()).all()
+
+
+HOW = [
+    "token_mean",
+    "sequence_mean_token_mean",
+    "sequence_mean_token_sum",
+    "constant_length",
+]
+# Three responses of 1, 3 and 2 tokens, and one that is masked everywhere.
+TERMS = torch.tensor([[6.0, 99, 99], [1, 2, 6], [5, 7, 99], [99, 99, 99]], dtype=torch.float64)
+TOKENS = torch.tensor([[1, 0, 0], [1, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
+
+
+@pytest.mark.parametrize(
+    ("how", "denominator", "loss"),
+    [
+        ("token_mean", 6, 27 / 6),
+        ("sequence_mean_token_mean", 4, (6 + 3 + 6) / 4),
+        ("sequence_mean_token_sum", 4, 27 / 4),
+        ("constant_length", 40, 27 / 40),
+    ],
+)
+def test_aggregations_by_hand_count_the_masked_row_as_a_sequence(how, denominator, loss):
+    found = aggregation_denominator(TOKENS, how, max_length=10)
+    assert found.item() == denominator
+    assert aggregate(TERMS, TOKENS, how, found).item() == pytest.approx(loss, rel=1e-12)
+    assert aggregate(TERMS, TOKENS, how, denominator).item() == pytest.approx(loss, rel=1e-12)
+    # Leaving the masked row out, as ROLL does, is a matter of the denominator.
+    if how == "sequence_mean_token_mean":
+        found = aggregate(TERMS, TOKENS, how, TOKENS.any(1).sum())
+        assert found.item() == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_micro_batches_under_one_denominator_add_up_to_the_full_batch(how):
+    torch.manual_seed(0)
+    lengths = torch.tensor([1, 9, 2, 7, 0, 5, 9, 3])
+    mask = torch.arange(9) < lengths[:, None]
+    terms = torch.randn(8, 9, dtype=torch.float64).masked_fill(~mask, float("nan"))
+    terms.requires_grad_()
+    denominator = aggregation_denominator(mask, how, max_length=12)
+    full = aggregate(terms, mask, how, denominator)
+    (gradient,) = torch.autograd.grad(full, terms)
+
+    parts = [slice(0, 1), slice(1, 4), slice(4, 5), slice(5, 8)]
+    losses = [aggregate(terms[rows], mask[rows], how, denominator) for rows in parts]
+    (found,) = torch.autograd.grad(sum(losses), terms, retain_graph=True)
+    torch.testing.assert_close(sum(losses), full, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(found, gradient, atol=1e-12, rtol=1e-12)
+    assert (found[~mask] == 0).all()
+    # The denominators of the parts add up too, so that processes can sum theirs.
+    counts = [aggregation_denominator(mask[rows], how, max_length=12) for rows in parts]
+    assert sum(counts).item() == denominator.item()
+    # The mean of the parts' own means is another number (parts of 1, 3, 1 and 3 rows).
+    means = [
+        aggregate(terms[rows], mask[rows], how, count)
+        for rows, count in zip(parts, counts, strict=True)
+    ]
+    assert (sum(means) / 4 - full).abs() > 1e-2
+
+
+@pytest.mark.parametrize("how", ["sequence_mean_token_mean", "token_mean"])
+def test_equal_micro_batches_forgive_means_of_means_for_sequences_but_not_for_tokens(how):
+    halves = [slice(0, 2), slice(2, 4)]
+    means = [
+        aggregate(TERMS[rows], TOKENS[rows], how, aggregation_denominator(TOKENS[rows], how))
+        for rows in halves
+    ]
+    full = aggregate(TERMS, TOKENS, how, aggregation_denominator(TOKENS, how))
+    difference = abs((sum(means) / 2 - full).item())
+    assert difference < 1e-12 if how == "sequence_mean_token_mean" else difference > 0.1
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_batch_that_is_all_masked_is_worth_zero(how):
+    mask = torch.zeros_like(TOKENS)
+    terms = torch.full_like(TERMS, float("nan")).requires_grad_()
+    loss = aggregate(terms, mask, how, aggregation_denominator(mask, how, max_length=3))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert (terms.grad == 0).all()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_aggregations_and_impossible_denominators_are_refused():
+    for function in (aggregation_denominator, lambda mask, how: aggregate(TERMS, mask, how, 1.0)):
+        with pytest.raises(ValueError, match="how must be one of token_mean"):
+            function(TOKENS, "mean")
+    for length in (None, 0):
+        with pytest.raises(ValueError, match="max_length"):
+            aggregation_denominator(TOKENS, "constant_length", length)
+    for number in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="denominator must be positive"):
+            aggregate(TERMS, TOKENS, "token_mean", number)

@@ -103,11 +103,11 @@ def spy(method: PPO) -> list[dict[str, Any]]:
     names = ("obs", "action", "old_logp", "old_value", "advantage", "returns")
 
     def record(*columns):
-        loss, report = method.loss(*columns)
+        report = method.descend(*columns)
         calls.append({**dict(zip(names, columns, strict=True)), "report": report})
-        return loss, report
+        return report
 
-    method._loss = record
+    method._descend = record
     return calls
 
 

@@ -222,6 +222,12 @@ def test_truncation_is_not_an_end(monkeypatch):
 # ---- temperature
 
 
+def gradient_of(optim):
+    """That of a scalar after one step: the first moment starts as a tenth of it."""
+    assert optim.num_steps.item() == 1
+    return 10 * optim.first_moment[0].item()
+
+
 def with_logp(monkeypatch, logp, **settings):
     """A learner whose policy has this log-probability at every action: u = 0, equal stds."""
     method = tabular(**settings)
@@ -241,7 +247,7 @@ def test_temperature_follows_the_entropy(monkeypatch, form, logp, direction):
     )
     metrics = method.update(batch(), 0)
     factor = alpha if form == "paper" else 1.0
-    assert method.log_alpha.grad.item() == pytest.approx(-factor * (logp - 2), rel=1e-4)
+    assert gradient_of(method.alpha_opt) == pytest.approx(-factor * (logp - 2), rel=1e-4)
     # The first step of Adam is the learning rate, against the sign of the gradient.
     moved = method.log_alpha.item() - math.log(alpha)
     assert moved == pytest.approx(direction * rate, rel=1e-3)
@@ -252,7 +258,7 @@ def test_temperature_follows_the_entropy(monkeypatch, form, logp, direction):
 def test_target_entropy_may_be_given(monkeypatch):
     method = with_logp(monkeypatch, 3.0, target_entropy=-4.0)
     method.update(batch(), 0)
-    assert method.log_alpha.grad.item() == pytest.approx(-(3 - 4), rel=1e-4)
+    assert gradient_of(method.alpha_opt) == pytest.approx(-(3 - 4), rel=1e-4)
     assert method.log_alpha.item() < 0
 
 
@@ -318,8 +324,6 @@ def test_each_step_moves_its_own_part_in_order(monkeypatch):
         ("alpha_opt", {"log_alpha"}),
         ("polyak", {"target_critic"}),
     ]
-    assert all(p.requires_grad for p in method.critic.parameters())  # unfrozen again
-    assert all(p.grad is None for p in method.target_critic.parameters())
 
 
 def test_gradients_reach_their_own_part_only():
@@ -334,15 +338,12 @@ def test_gradients_reach_their_own_part_only():
     assert torch.autograd.grad(actor_loss, [method.log_alpha], allow_unused=True) == (None,)
 
 
-def test_stray_gradients_do_not_pile_up():
-    """Ten updates on one batch leave in each parameter the gradient of its own last loss."""
+def test_no_gradient_is_left_behind():
     method = tabular()
-    for step in range(10):
-        method.update(batch(), step)
-    kept = [p.grad.clone() for p in method.critic.parameters()]
-    method.actor_opt.minimize(method.actor_loss(batch().obs, torch.tensor(0.5))[0])
-    pairs = zip(method.critic.parameters(), kept, strict=True)
-    assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in pairs)
+    method.update(batch(), 0)
+    modules = (method.critic, method.target_critic, method.actor)
+    assert all(p.grad is None for module in modules for p in module.parameters())
+    assert method.log_alpha.grad is None
 
 
 def test_actor_climbs_the_updated_critics(monkeypatch):

@@ -31,7 +31,7 @@ def write_run(
         "slug": slug,
         "seed": seed,
         "method": {"lr": 3e-4, "tau": 0.005, "hidden": [256, 256]} | (method or {}),
-        "stages": [{"loop": "online", "env": {"id": env, "num": 1}, "steps": steps}],
+        "stages": [{"env": {"id": env, "num": 1}, "steps": steps}],
         "evaluation": {"every": steps // 20, "episodes": 10},
         "checkpoint": {"every": steps // 10},
         "runtime": {"device": "cpu", "threads": 1, "precision": "float32", "graph": "eager"},

@@ -1,5 +1,6 @@
 """The page as a reader, a parser and a screen reader meet it."""
 
+import base64
 import csv
 import re
 import subprocess
@@ -190,6 +191,23 @@ def test_names_cannot_break_the_page(tmp_path):
     assert '<b>&"$x$_1' in page.text and "A<i>&B" in page.text
     assert not page.all("b") and not page.all("i")
     assert "'\"'\"'" in page.text  # the shell command quotes the folder
+
+
+def test_pictures_that_runs_drew_are_shown(tmp_path):
+    """Inside the page, with words for those who cannot see them; a dozen at most."""
+    write_run(tmp_path / "a", "sac")
+    assert "pictures" not in report(tmp_path)[1].ids
+    figures = tmp_path / "a" / "figures"
+    figures.mkdir()
+    for number in range(14):
+        (figures / f"archive{number:02}.png").write_bytes(b"\x89PNG picture %d" % number)
+    _, page = report(tmp_path)
+    shown = page.all("img")
+    assert "pictures" in page.ids and len(shown) == 12
+    data = base64.b64encode(b"\x89PNG picture 3").decode()
+    assert shown[3]["src"] == f"data:image/png;base64,{data}"
+    assert shown[3]["alt"] == "archive03 of sac on Hopper-v5, seed 0"
+    assert "2 more lie in the runs' figures folders" in page.text
 
 
 def test_out_may_be_a_folder_and_errors_leave_nothing(tmp_path):

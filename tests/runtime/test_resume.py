@@ -441,3 +441,25 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
     assert checkpoint.steps(run) == [100, 200]
     esscher.resume(run, display=False)
     assert_same_run(run, whole)
+
+
+def test_a_disk_that_fills_between_checkpoints_is_explained(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    from esscher.runtime.metrics import MetricsLog
+
+    run, append = tmp_path / "run", MetricsLog.append
+
+    def full(self: MetricsLog, row: dict[str, Any]) -> None:
+        if row["step"] > 250:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, row)
+
+    with monkeypatch.context() as context:
+        context.setattr(MetricsLog, "append", full)
+        with pytest.raises(UserError, match=r"no space left.*resume.*step 200"):
+            train(experiment(), run)
+    esscher.resume(run, display=False)
+    assert_same_run(run, whole)

@@ -152,7 +152,7 @@ def test_experiments_come_back_from_json() -> None:
         ("seeds", 1, ["seeds", "seed"]),
         ("stages", [], ["stages"]),
         ("stages.0.env.num", 0, ["env.num", "0"]),
-        ("stages.0.loop", "offline", ["loop", "online", "offline"]),
+        ("stages.0.data", 3, ["data"]),
         ("evaluation", 3, ["evaluation", "table"]),
         ("slug", "sacc", ["sacc", "sac"]),
     ],
@@ -194,6 +194,21 @@ def test_bfloat16_computes_in_bfloat16() -> None:
     weight = torch.randn(4, 4)
     assert runtime.graph(lambda x: x @ weight)(torch.randn(2, 4)).dtype == torch.bfloat16
     assert Runtime(RUNTIME).graph(lambda x: x @ weight)(torch.randn(2, 4)).dtype == torch.float32
+
+
+def test_bfloat16_sees_weights_after_a_step() -> None:
+    """Autocast's own cache would go on with the cast of before the step."""
+    runtime = Runtime(RuntimeConfig(device="cpu", threads=1, graph="eager", precision="bfloat16"))
+    weight = torch.nn.Parameter(torch.eye(4))
+
+    def piece(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        before = (x @ weight).sum()
+        with torch.no_grad():
+            weight.mul_(3)
+        return before, (x @ weight).sum()
+
+    before, after = runtime.graph(piece)(torch.ones(2, 4))
+    assert (before.item(), after.item()) == (8, 24)
 
 
 def test_bfloat16_trains_in_float32(tmp_path: Path) -> None:

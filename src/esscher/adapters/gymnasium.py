@@ -6,9 +6,8 @@ the first one of the next episode.
 """
 
 import importlib
+import importlib.util
 import logging
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
 
+from esscher.adapters.imports import users_own
 from esscher.adapters.snapshot import SnapshotWrapper
 from esscher.errors import UserError, nearest
 from esscher.experiment import EnvConfig
@@ -58,7 +58,13 @@ class Environments:
     def __init__(self, config: EnvConfig, seed: int, phase: Phase = Phase.RESET):
         self.config, self._seed, self._phase = config, seed, phase
         self._envs = _vectorise(config)
-        self.spec = _spec(config, self._envs)
+        self.spec = spec_from(
+            config.id,
+            self._envs.single_observation_space,
+            self._envs.single_action_space,
+            num_agents=self._envs.metadata.get("num_agents", 1),
+            num_envs=config.num,
+        )
         self._action_space = self._envs.single_action_space
         self._inexact_because = self.inexact_because()
         self._made = self._envs.get_attr("snapshot")
@@ -66,11 +72,12 @@ class Environments:
         self._returns = np.zeros(config.num)
         self._lengths = np.zeros(config.num, np.int64)
 
-    def reset(self, iteration: int) -> NDArray[np.float32]:
+    def reset(self, iteration: int, options: dict[str, Any] | None = None) -> NDArray[np.float32]:
         """Start every copy as if just made, from seeds that follow from (run seed, iteration, copy).
 
         What an environment carries over its own resets (a curriculum, running statistics) is undone
         too, or the result would depend on how often, and in which sitting, this was called.
+        `options` are Gymnasium's, and hold for the episodes that begin here.
         """
         if self._used and self._inexact_because:
             self._envs.close()
@@ -79,7 +86,7 @@ class Environments:
             self._envs.set_attr("snapshot", self._made)
         self._used = True
         seeds = [mix(self._seed, iteration, self._phase, k) % 2**31 for k in range(self.config.num)]
-        obs, _ = self._envs.reset(seed=seeds)
+        obs, _ = self._envs.reset(seed=seeds, options=options)
         self._check_obs(obs)
         self._returns[:], self._lengths[:] = 0.0, 0
         obs = _float32(obs)
@@ -90,7 +97,7 @@ class Environments:
         """Uniform in [-1, 1], or uniform choices, by torch's default generator."""
         if self.spec.num_actions is None:
             return torch.rand(self.config.num, self.spec.action_dim) * 2 - 1
-        return torch.randint(self.spec.num_actions, (self.config.num,))
+        return torch.randint(self.spec.num_actions, (self.config.num, *self.spec.action_shape))
 
     def step(self, action: torch.Tensor, step: int) -> Outcome:
         """Act in every copy; `step` (environment steps so far) only names the place in errors."""
@@ -124,15 +131,8 @@ class Environments:
         )
 
     def to_native(self, action: torch.Tensor) -> NDArray[Any]:
-        """From [-1, 1] (clipped) to the environment's box, or to its labels."""
-        value = action.detach().cpu().numpy()
-        if self.spec.num_actions is not None:
-            return value + self.spec.action_start
-        box = self._action_space
-        value = np.clip(value, -1, 1).reshape(len(value), *box.shape)
-        native = box.low + (value + 1) * 0.5 * (box.high - box.low)
-        # Clipped again, because the sum may round to just outside.
-        return np.clip(native, box.low, box.high).astype(box.dtype)
+        """See the function of that name."""
+        return to_native(action, self.spec, self._action_space)
 
     def inexact_because(self) -> str | None:
         """Why the state of these environments cannot be saved exactly; None if it can."""
@@ -189,7 +189,9 @@ def make(config: EnvConfig) -> gymnasium.Env[Any, Any]:
     Raises:
         UserError: no such id or factory, or the factory did not return an environment.
     """
-    if ":" in config.id and not config.id.split(":")[0].startswith("ale_py"):
+    if config.id.startswith("pettingzoo:"):
+        env = _with_limit(_game_adapter(config.id).from_module(config.id, config.kwargs), config)
+    elif ":" in config.id and not config.id.split(":")[0].startswith("ale_py"):
         env = _from_factory(config)
     else:
         limit = {"max_episode_steps": config.max_episode_steps}
@@ -224,25 +226,30 @@ def _keep_mujoco_quiet(name: str) -> None:
 
 
 def _from_factory(config: EnvConfig) -> gymnasium.Env[Any, Any]:
-    module_name, _, factory_name = config.id.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"environment {config.id!r} cannot be imported: {error}. Write module:factory, with the "
-            "module importable from the working folder"
-        ) from error
+    factory = users_own(config.id, "environment")
     try:
         env = factory(**config.kwargs)
     except TypeError as error:
         raise UserError(f"environment {config.id!r} cannot be made: {error}") from error
+    if not isinstance(env, gymnasium.Env) and hasattr(env, "possible_agents"):
+        adapter = _game_adapter(config.id)
+        env = adapter.JointEnv(env, config.id) if adapter.is_game(env) else env
     if not isinstance(env, gymnasium.Env):
         raise UserError(f"{config.id!r} returned a {type(env).__name__}, not a gymnasium.Env")
-    if config.max_episode_steps is not None:
-        env = gymnasium.wrappers.TimeLimit(env, config.max_episode_steps)
-    return env
+    return _with_limit(env, config)
+
+
+def _with_limit(env: gymnasium.Env[Any, Any], config: EnvConfig) -> gymnasium.Env[Any, Any]:
+    if config.max_episode_steps is None:
+        return env
+    return gymnasium.wrappers.TimeLimit(env, config.max_episode_steps)
+
+
+def _game_adapter(name: str) -> Any:
+    """The module for games of several agents, whose library not everyone has."""
+    if importlib.util.find_spec("pettingzoo") is None:
+        raise UserError(f'{name} needs pettingzoo: pip install "esscher[control]"')
+    return importlib.import_module("esscher.adapters.pettingzoo")
 
 
 def _vectorise(config: EnvConfig) -> Any:
@@ -265,9 +272,33 @@ def _check_declared_dtype(name: str, env: gymnasium.Env[Any, Any], space: spaces
         )
 
 
-def _spec(config: EnvConfig, envs: Any) -> Spec:
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    common = {"obs_shape": obs_space.shape, "num_envs": config.num}
+def to_native(action: torch.Tensor, spec: Spec, box: Any) -> NDArray[Any]:
+    """From [-1, 1] (clipped) to the environment's box, or to its labels."""
+    value = action.detach().cpu().numpy()
+    if spec.num_actions is not None:
+        return value + spec.action_start
+    value = np.clip(value, -1, 1).reshape(len(value), *box.shape)
+    native = box.low + (value + 1) * 0.5 * (box.high - box.low)
+    # Clipped again, because the sum may round to just outside.
+    return np.clip(native, box.low, box.high).astype(box.dtype)
+
+
+def spec_from(
+    name: str, obs_space: Any, action_space: Any, *, num_agents: int = 1, **further: Any
+) -> Spec:
+    """What a controller has to know of a task with these spaces.
+
+    Args:
+        name: of the task, for messages.
+        obs_space: flat.
+        action_space: Box or Discrete, or MultiDiscrete with several agents.
+        num_agents: who act in it at the same moment.
+        further: fields of the specification.
+
+    Raises:
+        UserError: an action space that no method acts in.
+    """
+    common = {"obs_shape": obs_space.shape, **further}
     if isinstance(action_space, spaces.Discrete):
         return Spec(
             action_shape=(),
@@ -275,14 +306,22 @@ def _spec(config: EnvConfig, envs: Any) -> Spec:
             action_start=int(action_space.start),
             **common,
         )
+    if num_agents > 1:  # A game's adapter has seen to it that all choose among the same labels.
+        return Spec(
+            action_shape=(num_agents,),
+            num_actions=int(action_space.nvec[0]),
+            action_start=int(action_space.start[0]),
+            num_agents=num_agents,
+            **common,
+        )
     if not isinstance(action_space, spaces.Box):
         raise UserError(
-            f"{config.id} has the action space {action_space}: only Box and Discrete are supported"
+            f"{name} has the action space {action_space}: only Box and Discrete are supported"
         )
     low, high = action_space.low.ravel(), action_space.high.ravel()
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise UserError(
-            f"{config.id} has an unbounded action box {action_space}: wrap it in "
+            f"{name} has an unbounded action box {action_space}: wrap it in "
             "gymnasium.wrappers.RescaleAction or give the box finite bounds"
         )
     return Spec(

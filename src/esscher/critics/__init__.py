@@ -64,6 +64,12 @@ class ScalarCritic(nn.Module):
     ) -> Values:
         return Values(mean=self.net(_join(obs, action)).float().squeeze(-1))
 
+    def first(
+        self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"] | None = None
+    ) -> Float[Tensor, "b"]:
+        """What `forward(...).lower("first")` gives, without work for the other networks."""
+        return self.net.first(_join(obs, action)).float().squeeze(-1)
+
 
 class GaussianCritic(nn.Module):
     """e networks, each giving the mean and the standard deviation (softplus) of a return."""

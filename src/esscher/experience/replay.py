@@ -1,9 +1,11 @@
 """A ring of transitions, sampled uniformly with replacement."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from esscher.errors import UserError
@@ -24,6 +26,8 @@ class Replay(Stateful):
         batch_size: transitions a batch.
         warmup: environment steps before the first batch.
         updates_per_step: batches per environment step; below 1, one batch every so many steps.
+        kind: record of a row, `Transitions` or one with further columns.
+        extra: widths of those further columns (float32).
         device: where the arrays live.
     """
 
@@ -35,6 +39,8 @@ class Replay(Stateful):
         *,
         warmup: int = 0,
         updates_per_step: float = 1.0,
+        kind: type[Transitions] = Transitions,
+        extra: Mapping[str, int] | None = None,
         device: torch.device | str = "cpu",
     ):
         if not 1 <= batch_size <= capacity:
@@ -47,15 +53,17 @@ class Replay(Stateful):
         action_dtype = torch.float32 if spec.num_actions is None else torch.int64
         self._capacity, self._batch_size = capacity, batch_size
         self._warmup, self._updates_per_step = warmup, updates_per_step
-        self._rows = Transitions(
+        widths = extra or {}
+        self._rows = kind(
             obs=torch.empty(capacity, *spec.obs_shape, device=device),
             action=torch.empty(capacity, *spec.action_shape, dtype=action_dtype, device=device),
             reward=torch.empty(capacity, device=device),
             next_obs=torch.empty(capacity, *spec.obs_shape, device=device),
             terminated=torch.empty(capacity, dtype=torch.bool, device=device),
             truncated=torch.empty(capacity, dtype=torch.bool, device=device),
+            **{name: torch.empty(capacity, width, device=device) for name, width in widths.items()},
         )
-        self._columns: list[Tensor] = list(self._rows.fields().values())
+        self._columns: dict[str, Tensor] = self._rows.fields()
         self.num_added = 0
         self.num_batches = 0
 
@@ -70,9 +78,9 @@ class Replay(Stateful):
         """Whether actions should still be drawn uniformly at random."""
         return step < self._warmup
 
-    def add(self, transitions: Transitions, action: Action) -> None:
+    def add(self, transitions: Transitions, action: Action | None = None) -> None:
         """Append a row an environment, over the oldest ones once full."""
-        self.put_rows(self.num_added, transitions)
+        self.put_rows(self.num_added, transitions.fields())
         self.num_added += len(transitions)
 
     def batches(self, step: int) -> Iterator[Transitions]:
@@ -82,11 +90,18 @@ class Replay(Stateful):
             self.num_batches += 1
             yield self.sample(self._batch_size)
 
-    def sample(self, size: int) -> Transitions:
-        """Rows drawn uniformly with replacement by torch's default generator."""
-        device = self._columns[0].device
-        index = torch.randint(len(self), (size,), device=device)
-        return Transitions(**{n: c.index_select(0, index) for n, c in self._rows.fields().items()})
+    def sample(self, size: int) -> Any:
+        """Rows, of the kind given, drawn uniformly with replacement by torch's default generator."""
+        index = self._draw(size)
+        columns = {name: column.index_select(0, index) for name, column in self._columns.items()}
+        return type(self._rows)(**columns)
+
+    def sample_obs(self, size: int) -> Float[Tensor, "b *o"]:
+        """Observations alone, drawn likewise."""
+        return self._columns["obs"].index_select(0, self._draw(size))
+
+    def _draw(self, size: int) -> Tensor:
+        return torch.randint(len(self), (size,), device=self._columns["obs"].device)
 
     def rows(self, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
         """Rows number start to stop (counted from the first ever added), as views, in pieces."""
@@ -96,16 +111,17 @@ class Replay(Stateful):
         while start < stop:
             begin = start % self._capacity
             length = min(stop - start, self._capacity - begin)
-            yield {n: c[begin : begin + length] for n, c in self._rows.fields().items()}
+            yield {n: c[begin : begin + length] for n, c in self._columns.items()}
             start += length
 
-    def put_rows(self, start: int, transitions: Transitions) -> None:
+    def put_rows(self, start: int, columns: Mapping[str, Tensor]) -> None:
         """Write rows number start, start + 1, ... into the ring."""
-        begin, count = start % self._capacity, len(transitions)
+        begin, count = start % self._capacity, len(columns["reward"])
         if count > self._capacity:
             raise ValueError(f"{count} rows at once do not fit buffer_size {self._capacity}")
         head = min(count, self._capacity - begin)
-        for column, values in zip(self._columns, transitions.fields().values(), strict=True):
+        for name, column in self._columns.items():
+            values = columns[name]
             column[begin : begin + head] = values[:head]
             if head < count:
                 column[: count - head] = values[head:]

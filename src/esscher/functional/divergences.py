@@ -270,13 +270,23 @@ def divergence(
 
     Gradient: to both arguments.
     """
-    log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    return divergence_terms(p_logits.log_softmax(-1), q_logits.log_softmax(-1), f).sum(-1)
+
+
+def divergence_terms(
+    log_p: Float[Tensor, "*s"], log_q: Float[Tensor, "*s"], f: FDivergence
+) -> Float[Tensor, "*s"]:
+    """Terms q f(p / q), whose sum over outcomes is D_f(P||Q), and whose mean over x ~ m is that if
+    log_p and log_q are log p/m and log q/m at x. Limits as in `divergence`.
+
+    Gradient: to both arguments.
+    """
     both_zero = (log_p == -INFINITY) & (log_q == -INFINITY)
     log_u = log_p.masked_fill(both_zero, 0.0) - log_q.masked_fill(both_zero, 0.0)
     # q f(p/q) = p g(q/p) with g swapped, so neither side ever sees a ratio above one.
     below = log_q.exp() * f.f(log_u.clamp(max=0.0))
     above = log_p.exp() * f.swapped().f(-log_u.clamp(min=0.0))
-    return torch.where(log_u <= 0, below, above).sum(-1)
+    return torch.where(log_u <= 0, below, above)
 
 
 def _u_log_u(log_u: Tensor) -> Tensor:

@@ -2,45 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from esscher.errors import UserError
 
 Activation = Literal["relu", "gelu", "tanh", "elu", "silu"]
 
 
-class _ReluFromOutput(torch.autograd.Function):
-    """max(x, 0) whose backward reads the sign of its output.
-
-    The usual backward keeps a boolean mask, and storing booleans is the slowest thing that compiled
-    CPU code does in a small network (ten times the cost of the layer's other pointwise work).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clamp_min(0)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore
-        (y,) = ctx.saved_tensors
-        return gradient * y.sign()
-
-
-def relu(x: Tensor) -> Tensor:
-    """max(x, 0), with first derivatives only."""
-    return _ReluFromOutput.apply(x)  # type: ignore[no-any-return]
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": relu,
+    "relu": torch.relu,
     "gelu": nn.functional.gelu,
     "tanh": torch.tanh,
     "elu": nn.functional.elu,
@@ -97,8 +71,15 @@ class MLP(nn.Module):
         """`b i -> b j`; an ensemble maps `b i` or `e b i` to `e b j`."""
         if self.ensemble is not None and x.ndim == 2:
             x = x.expand(self.ensemble, *x.shape)
-        last = len(self.weights) - 1
-        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+        return self._through(x, list(self.weights), list(self.biases))
+
+    def first(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... j"]:
+        """The first member of an ensemble alone."""
+        return self._through(x, [w[0] for w in self.weights], [b[0] for b in self.biases])
+
+    def _through(self, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+        last = len(weights) - 1
+        for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             # Not addmm: a separate addition fuses with the activation when compiled.
             x = torch.matmul(x, weight) + bias
             if index < last:

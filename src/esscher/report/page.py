@@ -1,5 +1,7 @@
 """One self-contained HTML page from run folders, with its numbers as CSV and its curves as PNG."""
 
+import base64
+import html
 import platform
 import shlex
 from collections.abc import Sequence
@@ -71,6 +73,7 @@ def write_report(
         figures={
             "ranking": _ranking_figures(every, styles),
             "curves": _curve_figures(rankings, styles),
+            "pictures": _pictures(runs),
             "diagnostics": _diagnostic_figures(rankings, styles),
         },
         settings=settings_tables(runs),
@@ -192,6 +195,26 @@ def _diagnostic_figures(rankings: Sequence[Ranking], styles: dict) -> list[dict[
         for index, (ranking, drawing) in enumerate(zip(rankings, drawings, strict=True))
         if drawing is not None
     ]
+
+
+PICTURES_SHOWN = 12
+
+
+def _pictures(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
+    """What runs drew of themselves (figures/*.png), the first so many; others are only files."""
+    found = [(run, path) for run in runs for path in sorted(run.folder.glob("figures/*.png"))]
+    shown = []
+    for run, path in found[:PICTURES_SHOWN]:
+        what = html.escape(f"{path.stem} of {run.name} on {run.env}, seed {run.seed}")
+        data = base64.b64encode(path.read_bytes()).decode()
+        shown.append(
+            {"svg": f'<img src="data:image/png;base64,{data}" alt="{what}">', "caption": what}
+        )
+    if shown and len(found) > len(shown):
+        shown[-1]["caption"] += (
+            f" ({len(found) - len(shown)} more lie in the runs' figures folders)"
+        )
+    return shown
 
 
 def _figure(

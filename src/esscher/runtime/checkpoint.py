@@ -8,13 +8,12 @@ A checkpoint is written under another name and renamed when complete; transition
 row files that a manifest lists, so that saving a replay of a million rows costs only the new ones.
 """
 
-import errno
 import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,9 +25,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from esscher import __version__
-from esscher.errors import UserError
+from esscher.errors import UserError, disk_full
 from esscher.runtime.state import State
-from esscher.types import Transitions
 
 ROWS_A_FILE = 65_536
 """Bounds the memory that serialising transitions takes, whatever the size of the replay."""
@@ -44,7 +42,7 @@ class Rows(Protocol):
 
     def rows(self, start: int, stop: int) -> Iterator[dict[str, Tensor]]: ...
 
-    def put_rows(self, start: int, transitions: Transitions) -> None: ...
+    def put_rows(self, start: int, columns: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def save(
         _sync(target.parent)
     except OSError as error:
         shutil.rmtree(writing, ignore_errors=True)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not disk_full(error):
             raise
         last = steps(run)
         kept = (
@@ -149,7 +147,7 @@ def load_rows(run: Path, checkpoint: Checkpoint, rows: Rows) -> None:
     """Put the transitions that a checkpoint lists back into an experience."""
     for entry in checkpoint.row_files:
         payload = _read_verified(run / "experience" / entry["file"], entry["digest"], "")
-        rows.put_rows(entry["start"], Transitions(**load_tensors(payload)))
+        rows.put_rows(entry["start"], load_tensors(payload))
 
 
 def machine() -> dict[str, Any]:

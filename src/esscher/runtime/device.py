@@ -51,6 +51,12 @@ class RuntimeConfig:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"runtime.device is {device}, but no CUDA device is available: use cpu")
+        if self.precision == "bfloat16" and device == "cpu" and not _bfloat16_is_fast():
+            warnings.warn(
+                "runtime.precision is bfloat16 and this processor has no instructions for it: "
+                "matrix products will take up to 100 times longer than with float32",
+                stacklevel=2,
+            )
         graph = self.graph
         if graph == "auto":
             pays = steps >= COMPILE_PAYS_FROM
@@ -71,8 +77,9 @@ class Runtime:
     def graph(self, function: Function) -> Function:
         """Run a pure piece of an update as the configuration says: eager or compiled.
 
-        The piece must have static shapes and no `.item()`; random numbers are drawn by torch's own
-        generators in either mode, so both modes see the same noise.
+        The larger the piece the better: a whole update, with its gradients, optimiser steps and
+        target moves, becomes one graph. It must have static shapes and no `.item()`; random numbers
+        are drawn by torch's own generators in either mode, so both modes see the same noise.
         """
         if self.config.precision == "bfloat16":
             function = _autocast(function, self.device.type)
@@ -97,17 +104,28 @@ def compiler_available(device: str) -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
 
 
+def _bfloat16_is_fast() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _autocast(function: Function, device_type: str) -> Function:
     @functools.wraps(function)
     def cast(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device_type, torch.bfloat16):
+        # No cache: it would keep the weights of before an optimiser's step, and a graph whose
+        # gradient was already taken, which the compiler cannot trace.
+        with torch.autocast(device_type, torch.bfloat16, cache_enabled=False):
             return function(*args, **kwargs)
 
     return cast  # type: ignore[return-value]
 
 
 def _compile_or_fall_back(function: Function) -> Function:
+    import torch._dynamo.config
     from torch._dynamo.exc import BackendCompilerFailed
+
+    # Without it (torch before 2.10) gradients are taken between compiled pieces, which is slower.
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        torch._dynamo.config.trace_autograd_ops = True
 
     compiled = torch.compile(function, dynamic=False, options={"fallback_random": True})
     state = {"checked": False, "call": compiled}

@@ -57,16 +57,17 @@ class Display:
             self._progress.update(self._task, completed=step, **self._fields)
         elif headline is not None and time.monotonic() - self._spoken > 10:
             self._spoken = time.monotonic()
-            left = (self._steps - step) / max(rate, 1e-9)
+            left = max(self._steps - step, 0) / max(rate, 1e-9)
             self._console.print(
                 f"{self._title}: step {step:,} of {self._steps:,}, {rate:,.0f} steps/s, "
                 f"{left:,.0f} s left, {headline}",
                 highlight=False,
+                soft_wrap=True,  # One line in a log, however narrow the terminal that is not there.
             )
 
     def note(self, text: str) -> None:
         """A line above the progress."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._progress is not None:

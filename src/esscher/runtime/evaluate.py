@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from esscher.adapters.episodes import EpisodeRunner
 from esscher.adapters.gymnasium import Environments
 from esscher.experiment import EnvConfig, EvaluationConfig
 from esscher.method import act_by
@@ -39,7 +40,8 @@ class Evaluation:
 class Evaluator:
     """One environment an episode, all stepped together so that the policy runs in batches.
 
-    Every evaluation starts its episodes from the same seeds, which depend on the run's seed only.
+    Every evaluation starts its episodes from the same seeds, which depend on the run's seed only,
+    and with what the policy names as its `reset_options`, if it has any.
     """
 
     def __init__(self, env: EnvConfig, config: EvaluationConfig, seed: int):
@@ -58,7 +60,7 @@ class Evaluator:
         """Run one episode in each environment."""
         config = self.config
         device = next(policy.parameters()).device
-        obs = self._envs.reset(0)
+        obs = self._envs.reset(0, getattr(policy, "reset_options", None))
         running = np.ones(config.episodes, bool)
         returns, lengths = np.zeros(config.episodes), np.zeros(config.episodes, np.int64)
         seed_phase(self._seed, 0, Phase.EVALUATE)
@@ -77,3 +79,16 @@ class Evaluator:
 
     def close(self) -> None:
         self._envs.close()
+
+
+def achieved_by(
+    policy: nn.Module, env: EnvConfig, config: EvaluationConfig, seed: int
+) -> list[float]:
+    """Mean descriptor of whole episodes, in a task that describes them."""
+    judge = EpisodeRunner(env, seed, config.step_limit)
+    seed_phase(seed, 0, Phase.EVALUATE)
+    episodes = judge(
+        lambda obs: act_by(policy, obs, explore=not config.deterministic), config.episodes, 0
+    )
+    judge.close()
+    return episodes.descriptor.mean(0).tolist()

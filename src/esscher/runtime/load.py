@@ -1,10 +1,12 @@
 """Open a run folder for use: its policy, its method, its experiment."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from esscher.controller import Controller
+from esscher.errors import UserError
 from esscher.experiment import Experiment
 from esscher.registry import load_method
 from esscher.runtime import checkpoint as checkpoints
@@ -25,6 +27,29 @@ class Loaded:
     """The whole learner, critics and optimisers included."""
     step: int
     """Environment steps of the checkpoint that was read."""
+
+    def policy_for(self, descriptor: Sequence[float], *, asked: bool = False) -> Controller:
+        """Of a run that fills an archive: the policy for a behaviour.
+
+        Args:
+            descriptor: of an episode, in the task's units.
+            asked: the actor that is asked for it, instead of the archive's nearest elite.
+
+        Raises:
+            UserError: the method fills no archive, the archive is empty, the actor cannot be asked,
+                or the descriptor has another size than the task's.
+        """
+        spec = self.policy.spec
+        if not spec.descriptor_low:
+            raise UserError(
+                f"{self.experiment.slug} has one policy and no descriptors: leave out --descriptor"
+            )
+        if len(descriptor) != len(spec.descriptor_low):
+            raise UserError(
+                f"descriptor must have {len(spec.descriptor_low)} numbers, got {len(descriptor)}"
+            )
+        choose = self.method.actor_for if asked else self.method.elite_for
+        return Controller(choose(descriptor), spec)
 
 
 def load(directory: str | Path, *, step: int | None = None) -> Loaded:

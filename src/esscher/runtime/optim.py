@@ -1,8 +1,7 @@
-"""One object between a loss and its parameters: backward, clipping, fused step."""
+"""One object between a loss and its parameters: gradient, clipping, fused step."""
 
 # pyright: reportPrivateImportUsage=false
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
@@ -16,7 +15,7 @@ class Optim(Stateful):
 
     The update is torch's own fused kernel, called directly with one step counter for all parameters:
     the optimiser class around it spends more time in Python than the kernel does on networks of this
-    library's control methods.
+    library's control methods. Inside a compiled piece it is traced instead.
 
     Args:
         params: parameters that this optimiser, and no other, moves.
@@ -50,47 +49,62 @@ class Optim(Stateful):
         self.num_steps = torch.zeros((), device=self._params[0].device)
 
     def minimize(self, loss: Float[Tensor, ""]) -> None:
-        """One step down the gradient of `loss`; no other parameter receives a gradient."""
-        for parameter in self._params:
-            parameter.grad = None
-        loss.backward(inputs=self._params)
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._params]
+        """One step down the gradient of `loss`, which is taken for these parameters alone."""
+        gradients = torch.autograd.grad(loss, self._params, allow_unused=True)
+        pairs = zip(self._params, gradients, strict=True)
+        self.apply([torch.zeros_like(p) if g is None else g for p, g in pairs])
+
+    @torch.no_grad()
+    def apply(self, gradients: list[Tensor]) -> None:
+        """One step against these gradients, one a parameter."""
         if self._max_grad_norm is not None:
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        with torch.no_grad():
-            self.num_steps += 1
-            torch.ops.aten._fused_adamw_(
-                self._params,
-                gradients,
-                self.first_moment,
-                self.second_moment,
-                [],
-                [self.num_steps] * len(self._params),
-                lr=self.learning_rate,
-                beta1=self._betas[0],
-                beta2=self._betas[1],
-                weight_decay=self._weight_decay,
-                eps=self._epsilon,
-                amsgrad=False,
-                maximize=False,
-            )
+            scale = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            gradients = [gradient * scale for gradient in gradients]
+        self.num_steps.add_(1)
+        if torch.compiler.is_compiling():
+            self._traced_step(gradients)
+        else:
+            self._fused_step(gradients)
+
+    def _fused_step(self, gradients: list[Tensor]) -> None:
+        torch.ops.aten._fused_adamw_(
+            self._params,
+            gradients,
+            self.first_moment,
+            self.second_moment,
+            [],
+            [self.num_steps] * len(self._params),
+            lr=self.learning_rate,
+            beta1=self._betas[0],
+            beta2=self._betas[1],
+            weight_decay=self._weight_decay,
+            eps=self._epsilon,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def _traced_step(self, gradients: list[Tensor]) -> None:
+        """The same arithmetic in the open, for the compiler to fuse with what stands around it."""
+        beta1, beta2 = self._betas
+        t = self.num_steps
+        step, root = self.learning_rate / (1 - beta1**t), (1 - beta2**t).rsqrt()
+        # A scan is never inlined: else the powers would be computed anew for every element.
+        nothing = torch.zeros_like(t)
+        _, step, _, root = (
+            torch.stack([nothing, step, nothing, root]).view(2, 2).cumsum(1).flatten()
+        )
+        torch._foreach_lerp_(self.first_moment, gradients, 1 - beta1)
+        torch._foreach_mul_(self.second_moment, beta2)
+        torch._foreach_addcmul_(self.second_moment, gradients, gradients, 1 - beta2)
+        moments = zip(self._params, self.first_moment, self.second_moment, strict=True)
+        for parameter, mean, square in moments:
+            if self._weight_decay:
+                parameter.mul_(1 - self.learning_rate * self._weight_decay)
+            parameter.sub_(step * mean / (square.sqrt() * root + self._epsilon))
 
 
 @torch.no_grad()
 def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
     """Target <- (1 - tau) target + tau source, in one fused call."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-@contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Inside, gradients flow through these modules but not into their parameters."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)

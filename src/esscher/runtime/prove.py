@@ -32,7 +32,8 @@ def prove(
     """Try every claim of a method's `proof()`; the record, also written to out/SLUG.json and .png.
 
     Raises:
-        UserError: the method has no proof, or no claim of that name; or one of its runs failed.
+        UserError: the method has no proof, or no claim of that name; one of its runs failed; or
+            `work` holds runs that another commit made.
     """
     entry, module = find(slug), load_module(slug)
     if not hasattr(module, "proof"):
@@ -44,9 +45,10 @@ def prove(
         if name not in known:
             raise UserError(f"{slug} has no claim {name!r}: {nearest(name, known)}")
     chosen = [known[name] for name in claims] if claims else list(proof.claims)
-    began = time.monotonic()
+    began, code = time.monotonic(), _commit()
     with tempfile.TemporaryDirectory() as temporary:
         root = work or Path(temporary)
+        _of_one_commit(root, code)
         tried = [
             _try(claim, root / claim.name.replace(" ", "_"), seeds, first_seed, workers)
             for claim in chosen
@@ -62,7 +64,7 @@ def prove(
         "command": f"esscher prove {slug}",
         "seeds": {"first": first_seed, "asked": seeds},
         "esscher_version": __version__,
-        "code": _commit(),
+        "code": code,
         "machine": {**machine(), "processors": available_processors()},
         "seconds": round(time.monotonic() - began, 1),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -104,6 +106,19 @@ def _try(
         "seeds": list(range(first_seed, first_seed + count)),
         "experiments": {name: runs[0].to_json() for name, runs in experiments.items()},
     }
+
+
+def _of_one_commit(root: Path, code: str) -> None:
+    """Keep a record from mixing runs of several versions of the code."""
+    root.mkdir(parents=True, exist_ok=True)
+    note = root / "commit.txt"
+    if not any(root.iterdir()):
+        write_atomically(note, code + "\n")
+    made_by = note.read_text(encoding="utf-8").strip() if note.exists() else "unknown"
+    if made_by != code:
+        raise UserError(
+            f"{root} holds runs of commit {made_by}, and this is {code}: choose another --work"
+        )
 
 
 def _curves(runs: Sequence[FinishedRun]) -> dict[str, list[Any]]:

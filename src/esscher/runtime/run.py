@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +12,14 @@ from typing import Any, TextIO
 import torch
 
 from esscher import __version__
+from esscher.adapters.data import load_dataset
+from esscher.adapters.episodes import EpisodeRunner
 from esscher.adapters.gymnasium import Environments
-from esscher.errors import UserError
+from esscher.errors import UserError, disk_full
 from esscher.experiment import Experiment
-from esscher.loops.online import LoopState, crossed, online
+from esscher.loops.evolve import evolve
+from esscher.loops.offline import offline
+from esscher.loops.online import LoopState, Progress, crossed, online
 from esscher.registry import load_method
 from esscher.runtime import checkpoint as checkpoints
 from esscher.runtime.checkpoint import write_atomically
@@ -26,6 +29,7 @@ from esscher.runtime.evaluate import Evaluation, Evaluator
 from esscher.runtime.metrics import Averager, MetricsLog, check_trackers
 from esscher.runtime.rng import Phase, seed_phase
 from esscher.runtime.state import State, under
+from esscher.runtime.stopping import stop_requests
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def run(
         Interrupted: on Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     run_folder = fresh_folder(experiment) if directory is None else Path(directory)
-    write_config(experiment, run_folder)
+    with _full_disk_explained(run_folder):
+        write_config(experiment, run_folder)
     return _train(run_folder, None, display)
 
 
@@ -152,25 +157,38 @@ class _Parts:
     def __init__(self, experiment: Experiment):
         torch.set_num_threads(experiment.runtime.threads)
         stage = experiment.stages[-1]
-        self.envs = Environments(stage.env, experiment.seed)
+        method_class = load_method(experiment.slug)
+        self.kind = method_class.loop
+        self.envs: Any
+        if self.kind == "evolve":
+            limit = experiment.evaluation.step_limit
+            self.envs = EpisodeRunner(experiment.task, experiment.seed, limit)
+        else:
+            self.envs = Environments(experiment.task, experiment.seed)
         try:
             self.runtime = Runtime(experiment.runtime)
             seed_phase(experiment.seed, 0, Phase.INITIALISE)
-            method_class = load_method(experiment.slug)
             self.method = method_class(experiment.method, self.envs.spec, self.runtime)
-            self.experience = self.method.experience()
-            obs = torch.from_numpy(self.envs.reset(0)).to(self.runtime.device)
+            self.data = None
+            if stage.data is not None:
+                self.data = load_dataset(stage.data, self.envs.spec)
+            arguments = [] if method_class.data == "none" else [self.data]
+            self.experience = self.method.experience(*arguments)
+            obs = torch.zeros(0)
+            if self.kind == "online":
+                obs = torch.from_numpy(self.envs.reset(0)).to(self.runtime.device)
         except BaseException:
             self.envs.close()
             raise
         self.loop = LoopState(obs)
         self.averager = Averager()
-        self.inexact_because = self.envs.inexact_because()
+        # A task that judges whole episodes carries nothing from one iteration to the next.
+        self.inexact_because = self.envs.inexact_because() if self.kind == "online" else None
 
     def state_dict(self) -> State:
         parts = {"method": self.method, "experience": self.experience, "loop": self.loop}
         state = {f"{n}.{k}": v for n, part in parts.items() for k, v in part.state_dict().items()}
-        if self.inexact_because is None:
+        if self.inexact_because is None and self.kind == "online":
             state |= {f"envs.{k}": v for k, v in self.envs.state_dict().items()}
         return state
 
@@ -178,6 +196,8 @@ class _Parts:
         self.method.load_state_dict(under("method", state))
         self.experience.load_state_dict(under("experience", state))
         self.loop.load_state_dict(under("loop", state))
+        if self.kind != "online":
+            return
         if self.inexact_because is None:
             self.envs.load_state_dict(under("envs", state))
         else:
@@ -189,7 +209,7 @@ class _Parts:
 
 def _train(run_folder: Path, checkpoint: checkpoints.Checkpoint | None, display: bool) -> Result:
     experiment = read_experiment(run_folder)
-    with _locked(run_folder), _stop_requests() as requested:
+    with _full_disk_explained(run_folder), _locked(run_folder), stop_requests() as requested:
         parts = _Parts(experiment)
         try:
             return _Run(run_folder, experiment, parts, checkpoint, display).train(requested)
@@ -236,35 +256,26 @@ class _Run:
         self.display = Display(title, self.stage.steps, parts.loop.step) if display else None
         if self.display and parts.inexact_because:
             self.display.note(f"resume: {self._exact_because()}")
-        self.evaluator = Evaluator(self.stage.env, experiment.evaluation, experiment.seed)
+        self.evaluator = Evaluator(experiment.task, experiment.evaluation, experiment.seed)
         self.began = time.monotonic()
 
     def train(self, requested: list[int]) -> Result:
-        experiment, parts, loop = self.experiment, self.parts, self.parts.loop
-        num_envs = parts.envs.spec.num_envs
-        iterations = online(
-            parts.method,
-            parts.envs,
-            parts.experience,
-            loop,
-            seed=experiment.seed,
-            steps=self.stage.steps,
-            barrier_every=self.barrier_every,
-        )
+        experiment, parts = self.experiment, self.parts
+        step = parts.loop.step
         try:
-            for progress in iterations:
+            for progress in self._iterations():
                 parts.averager.add(progress.metrics, progress.episodes)
-                step = progress.step
-                if crossed(step, num_envs, experiment.log.every):
+                advance, step = progress.step - step, progress.step
+                if crossed(step, advance, experiment.log.every):
                     self._log_training()
-                if crossed(step, num_envs, experiment.evaluation.every):
+                if crossed(step, advance, experiment.evaluation.every):
                     self._evaluate()
-                due = crossed(step, num_envs, experiment.checkpoint.every)
+                due = crossed(step, advance, experiment.checkpoint.every)
                 if due or (requested and self.barrier_every == 0):
                     self._save()
                 if requested:
                     raise Interrupted(self._farewell(step))
-                if self.display and step % 64 < num_envs:
+                if self.display and step % 64 < advance:
                     self.display.update(step)
             return self._finish()
         finally:
@@ -272,6 +283,16 @@ class _Run:
             self.evaluator.close()
             if self.display:
                 self.display.close()
+
+    def _iterations(self) -> Iterator[Progress]:
+        parts = self.parts
+        method, envs, experience, loop = parts.method, parts.envs, parts.experience, parts.loop
+        limits = {"seed": self.experiment.seed, "steps": self.stage.steps}
+        if parts.kind == "offline":
+            return offline(method, experience, loop, **limits)
+        if parts.kind == "evolve":
+            return evolve(method, envs, experience, loop, **limits)
+        return online(method, envs, experience, loop, barrier_every=self.barrier_every, **limits)
 
     def _farewell(self, step: int) -> str:
         saved = checkpoints.steps(self.folder)
@@ -294,14 +315,17 @@ class _Run:
         rate = loop.step / seconds if seconds else 0.0
         counters = {"phase": "train", "step": loop.step, "updates": loop.num_updates}
         self.log.append({**counters, "seconds": seconds, "steps_per_second": rate, **row})
-        if self.display and "return" in row:
-            self.display.update(loop.step, f"return {row['return']:,.1f}")
+        headline = self.parts.method.headline
+        if self.display and headline in row:
+            self.display.update(loop.step, f"{headline.replace('_', ' ')} {row[headline]:,.1f}")
 
     def _evaluate(self) -> Evaluation:
         evaluation = self.evaluator(self.parts.method.policy)
         step = self.parts.loop.step
         counters = {"phase": "evaluate", "step": step, "seconds": self.seconds}
-        self.log.append({**counters, **evaluation.to_json()})
+        score = None if self.parts.data is None else self.parts.data.score(evaluation.mean)
+        scored = {} if score is None else {"score": score}
+        self.log.append({**counters, **evaluation.to_json(), **scored})
         if self.display:
             self.display.update(step, f"evaluated return {evaluation.mean:,.1f}")
         self.last_evaluation = (step, evaluation)
@@ -339,6 +363,7 @@ class _Run:
         if step != loop.step or evaluation is None:
             evaluation = self._evaluate()
         self._save()
+        self._draw()
         result = {
             "status": "finished",
             "slug": self.experiment.slug,
@@ -357,6 +382,34 @@ class _Run:
         assert finished is not None
         return finished
 
+    def _draw(self) -> None:
+        """Save the pictures that a method draws of itself, if it draws any."""
+        draw = getattr(self.parts.method, "figures", None)
+        if draw is None:
+            return
+        from esscher.report.plots import write_png
+
+        pictures = self.folder / "figures"
+        pictures.mkdir(exist_ok=True)
+        for name, figure in draw().items():
+            write_png(figure, pictures / f"{name}.png")
+
+
+@contextmanager
+def _full_disk_explained(run_folder: Path) -> Iterator[None]:
+    """Say in one sentence that nothing more can be written, wherever in a run that shows."""
+    try:
+        yield
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        saved = checkpoints.steps(run_folder)
+        place = f"from its checkpoint of step {saved[-1]:,}" if saved else "from the start"
+        raise UserError(
+            f"no space left to write under {run_folder}: free some, then esscher resume {run_folder} "
+            f"goes on {place}"
+        ) from error
+
 
 @contextmanager
 def _locked(run_folder: Path) -> Iterator[TextIO]:
@@ -367,26 +420,3 @@ def _locked(run_folder: Path) -> Iterator[TextIO]:
         except BlockingIOError:
             raise UserError(f"{run_folder} is in use by another process") from None
         yield file
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step."""
-    requested: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, _: Any) -> None:
-        if requested:
-            raise KeyboardInterrupt
-        requested.append(number)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
-    except ValueError:
-        pass  # Not in the main thread: whoever started the thread decides.
-    try:
-        yield requested
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

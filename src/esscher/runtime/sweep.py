@@ -96,6 +96,7 @@ def comparison(
     slugs: Sequence[str],
     *,
     env: EnvConfig,
+    data: str | None = None,
     steps: int,
     seeds: Iterable[int],
     hidden: tuple[int, ...] | None,
@@ -109,13 +110,16 @@ def comparison(
     Warm-up is cut to a tenth of the steps where a method's own would eat more of a short run.
 
     Raises:
-        UserError: an unknown method, or one named twice.
+        UserError: an unknown method, one named twice, or data that none of them reads.
     """
     if len(set(slugs)) < len(slugs):
         raise UserError(f"a method is named twice: {' '.join(slugs)}")
+    if data is not None and all(load_method(slug).data == "none" for slug in slugs):
+        raise UserError(f"none of {' '.join(slugs)} learns from logged steps: leave out --data")
     experiments = []
     for slug in slugs:
-        config = load_method(slug).Config()
+        kind = load_method(slug)
+        config, read = kind.Config(), None if kind.data == "none" else data
         changes: dict[str, Any] = {}
         names = {f.name for f in dataclasses.fields(config)}
         if hidden is not None and "hidden" in names:
@@ -129,7 +133,7 @@ def comparison(
         experiments += [
             Experiment(
                 method=replace(config, **changes),
-                stages=(Stage(env=env, steps=steps),),
+                stages=(Stage(env=env, data=read, steps=steps),),
                 seed=seed,
                 evaluation=evaluation,
                 runtime=runtime,
@@ -154,7 +158,7 @@ def _refuse_other_settings(experiment: Experiment, folder: Path) -> None:
 def _with_setting(value: Any, path: list[str], text: str) -> Any:
     """A copy of nested dataclasses with one field set from text."""
     name, *rest = path
-    if isinstance(value, Experiment) and name in ("env", "steps"):
+    if isinstance(value, Experiment) and name in ("env", "data", "steps"):
         stage = _with_setting(value.stages[-1], path, text)
         return replace(value, stages=(*value.stages[:-1], stage))
     known = [f.name for f in dataclasses.fields(value)]

@@ -160,7 +160,7 @@ class PPO(Method):
         )
         self.return_moments = RunningMoments(()).to(device)
         self.discounted_return = torch.zeros(spec.num_envs, device=device)
-        self._loss = runtime.graph(self.loss)
+        self._descend = runtime.graph(self.descend)
 
     @property
     def policy(self) -> NormalizedPolicy:
@@ -192,9 +192,8 @@ class PPO(Method):
         for _ in range(cfg.epochs):
             order = torch.randperm(len(rows[0]), device=self.runtime.device)
             for index in order.view(cfg.num_minibatches, -1):
-                loss, report = self._loss(*(row.index_select(0, index) for row in rows))
-                self.opt.minimize(loss)
-                reports.append(report)
+                minibatch = [row.index_select(0, index) for row in rows]
+                reports.append(self._descend(*minibatch))
             if cfg.target_kl is not None:
                 kls = [report["approx_kl"] for report in reports[-cfg.num_minibatches :]]
                 if torch.stack(kls).mean().item() > cfg.target_kl:
@@ -204,6 +203,12 @@ class PPO(Method):
         metrics = {name: torch.stack([r[name] for r in reports]).mean() for name in reports[0]}
         variance = returns.var(correction=0).clamp_min(1e-8)
         return metrics | {"explained_variance": 1 - advantage.var(correction=0) / variance}
+
+    def descend(self, *minibatch: Tensor) -> Metrics:
+        """One step on the columns that `loss` takes."""
+        loss, report = self.loss(*minibatch)
+        self.opt.minimize(loss)
+        return report
 
     @torch.no_grad()
     def advantages(self, batch: Rollout) -> Float[Tensor, "t n"]:

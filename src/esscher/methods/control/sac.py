@@ -34,7 +34,7 @@ from esscher.method import Method, Paper, act_by, continuous_only
 from esscher.nn.mlp import Activation
 from esscher.proof import Check, Claim, Figures, FinishedRun, Proof, returns_of, within
 from esscher.runtime.device import Runtime, RuntimeConfig
-from esscher.runtime.optim import Optim, frozen, polyak
+from esscher.runtime.optim import Optim, polyak
 from esscher.runtime.rng import Phase, seed_phase
 from esscher.types import Action, Metrics, Spec, Transitions
 
@@ -124,8 +124,7 @@ class SAC(Method):
         self.actor_opt = Optim(self.actor.parameters(), cfg.learning_rate)
         self.critic_opt = Optim(self.critic.parameters(), cfg.learning_rate)
         self.alpha_opt = Optim([self.log_alpha], cfg.learning_rate)
-        self._critic_loss = runtime.graph(self.critic_loss)
-        self._actor_loss = runtime.graph(self.actor_loss)
+        self._descend = runtime.graph(self.descend)
 
     @property
     def policy(self) -> TanhNormalPolicy:
@@ -146,21 +145,24 @@ class SAC(Method):
         return Action(value=act_by(self.actor, obs, explore=explore))
 
     def update(self, batch: Transitions, step: int) -> Metrics:
-        cfg, alpha = self.cfg, self.log_alpha.exp().detach()
-        critic_loss, q_mean = self._critic_loss(
+        move_target = (step + 1) % self.cfg.target_update_interval == 0
+        return self._descend(batch, move_target)
+
+    def descend(self, batch: Transitions, move_target: bool) -> Metrics:
+        """One step of critics, actor and temperature, in this order, and of the target critics."""
+        alpha = self.log_alpha.exp().detach()
+        critic_loss, q_mean = self.critic_loss(
             batch.obs, batch.action, batch.reward, batch.next_obs, batch.terminated, alpha
         )
         self.critic_opt.minimize(critic_loss)
-        with frozen(self.critic):
-            actor_loss, logp = self._actor_loss(batch.obs, alpha)
+        actor_loss, logp = self.actor_loss(batch.obs, alpha)
         self.actor_opt.minimize(actor_loss)
-        if cfg.alpha is None:
-            terms = temperature_terms(
-                self.log_alpha, logp, self.target_entropy, form=cfg.temperature_loss
-            )
+        if self.cfg.alpha is None:
+            form, target = self.cfg.temperature_loss, self.target_entropy
+            terms = temperature_terms(self.log_alpha, logp, target, form=form)
             self.alpha_opt.minimize(terms.mean())
-        if (step + 1) % cfg.target_update_interval == 0:
-            polyak(self.target_critic, self.critic, cfg.tau)
+        if move_target:
+            polyak(self.target_critic, self.critic, self.cfg.tau)
         return {
             "critic_loss": critic_loss.detach(),
             "actor_loss": actor_loss.detach(),

@@ -32,7 +32,7 @@ from esscher.functional.returns import td_target
 from esscher.method import Method, Paper, act_by, continuous_only
 from esscher.nn.mlp import Activation
 from esscher.runtime.device import Runtime
-from esscher.runtime.optim import Optim, frozen, polyak
+from esscher.runtime.optim import Optim, polyak
 from esscher.types import Action, Metrics, Spec, Transitions
 
 PAPER = Paper(
@@ -109,8 +109,7 @@ class TD3(Method):
         self.target_actor, self.target_critic = target_of(self.actor), target_of(self.critic)
         self.actor_opt = Optim(self.actor.parameters(), cfg.learning_rate)
         self.critic_opt = Optim(self.critic.parameters(), cfg.learning_rate)
-        self._critic_loss = runtime.graph(self.critic_loss)
-        self._actor_loss = runtime.graph(self.actor_loss)
+        self._descend = runtime.graph(self.descend)
 
     @property
     def policy(self) -> DeterministicPolicy:
@@ -135,18 +134,20 @@ class TD3(Method):
         return Action(value=action)
 
     def update(self, batch: Transitions, step: int) -> Metrics:
-        cfg = self.cfg
-        critic_loss, q_mean = self._critic_loss(
+        return self._descend(batch, (step + 1) % self.cfg.policy_delay == 0)
+
+    def descend(self, batch: Transitions, move_policy: bool) -> Metrics:
+        """One step of the critics; then, when its turn has come, of the policy and all targets."""
+        critic_loss, q_mean = self.critic_loss(
             batch.obs, batch.action, batch.reward, batch.next_obs, batch.terminated
         )
         self.critic_opt.minimize(critic_loss)
         metrics = {"critic_loss": critic_loss.detach(), "q_mean": q_mean}
-        if (step + 1) % cfg.policy_delay == 0:
-            with frozen(self.critic):
-                actor_loss = self._actor_loss(batch.obs)
+        if move_policy:
+            actor_loss = self.actor_loss(batch.obs)
             self.actor_opt.minimize(actor_loss)
-            polyak(self.target_critic, self.critic, cfg.tau)
-            polyak(self.target_actor, self.actor, cfg.tau)
+            polyak(self.target_critic, self.critic, self.cfg.tau)
+            polyak(self.target_actor, self.actor, self.cfg.tau)
             metrics["actor_loss"] = actor_loss.detach()
         return metrics
 
