@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO := runs/demo
 
-.PHONY: demo test lint format prove benchmark clean
+.PHONY: demo test lint format prove readme benchmark clean
 
 # torch first: with it in place, nothing else pulls another build of it in.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -38,9 +38,13 @@ lint: $(BIN)/.installed-dev
 format: $(BIN)/.installed-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-prove: $(BIN)/.installed-dev
-	$(BIN)/esscher prove sac
-	$(BIN)/esscher prove dsac_t
+prove: $(patsubst proofs/%.json,prove-%,$(wildcard proofs/*.json))
+
+prove-%: $(BIN)/.installed-dev
+	$(BIN)/esscher prove $*
+
+readme: $(BIN)/.installed
+	$(BIN)/python -m esscher.report.readme README.md
 
 benchmark: $(BIN)/.installed-dev
 	$(BIN)/python benchmarks/sac_speed.py
