@@ -14,9 +14,6 @@ from safetensors.torch import load as load_tensors
 import esscher
 from esscher.adapters.data import load_dataset
 from esscher.experience import Dataset
-from esscher.loops.evolve import evolve
-from esscher.loops.offline import offline
-from esscher.loops.online import online
 from esscher.registry import load_method, recipes
 from esscher.runtime import checkpoint
 from esscher.runtime import run as runner
@@ -142,7 +139,7 @@ def spec_of(slug: str) -> Spec:
     """Of the task of a method's smoke recipe."""
     parts = runner._Parts(smoke(slug))
     parts.close()
-    return parts.envs.spec
+    return parts.world.spec
 
 
 @cache
@@ -189,16 +186,12 @@ def parts_after(experiment: esscher.Experiment, updates: int) -> Any:
 
 def advance(parts: Any, experiment: esscher.Experiment, updates: int) -> None:
     """So many updates more."""
-    method, experience, loop = parts.method, parts.experience, parts.loop
-    goal = loop.num_updates + updates
-    limits = {"seed": experiment.seed, "steps": 100_000}
-    if parts.kind == "offline":
-        rest = offline(method, experience, loop, **limits)
-    elif parts.kind == "evolve":
-        rest = evolve(method, parts.envs, experience, loop, **limits)
-    else:
-        rest = online(method, parts.envs, experience, loop, **limits)
-    while loop.num_updates < goal:
+    goal = parts.loop.num_updates + updates
+    stage = experiment.stages[-1]
+    parts.world.stage = replace(stage, steps=100_000)
+    parts.world.experiment = experiment
+    rest = parts.world.iterations(parts.method, parts.experience, parts.loop, 0)
+    while parts.loop.num_updates < goal:
         next(rest)
 
 

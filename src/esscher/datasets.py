@@ -26,6 +26,30 @@ def pendulum() -> Columns:
     return _rows(env, lambda: draw.uniform(-2.0, 2.0, 1), 2_000)
 
 
+def sums_demonstrated() -> list[dict[str, str]]:
+    """5,000 sums of two numbers below 100, with their results: rows of text, prompt and completion."""
+    return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in _sums(5_000, 0)]
+
+
+def sums_compared() -> list[dict[str, str]]:
+    """1,000 such sums, each with its result and a wrong one: rows of prompt, chosen and rejected."""
+    draw, rows = np.random.default_rng(1), []
+    for a, b in _sums(1_000, 2):
+        wrong = a + b + int(draw.choice([-10, -2, -1, 1, 2, 10]))
+        rows.append({"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(wrong)})
+    return rows
+
+
+def sums_asked() -> list[dict[str, str]]:
+    """1,000 such sums to be completed: rows of prompt and answer (esscher.rewards:exact_answer)."""
+    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in _sums(1_000, 3)]
+
+
+def _sums(count: int, seed: int) -> list[tuple[int, int]]:
+    pairs = np.random.default_rng(seed).integers(0, 100, (count, 2))
+    return [(int(a), int(b)) for a, b in pairs]
+
+
 def chain() -> Columns:
     """498 steps of esscher.envs:Chain: 99 times through it and a start, the action always 0."""
     return _rows(Chain(), lambda: np.zeros(1), 498)

@@ -36,17 +36,80 @@ class EnvConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which language model, and what of it is trained."""
+
+    source: str | None = None
+    """A folder of the transformers library (an earlier run's RUN/model, say), a Hugging Face name, or
+    module:function for your own (returns a causal model and its tokenizer)."""
+    kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Passed to a module:function: --model.kwargs layers 4."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights that stay frozen; trained ones are always held in float32."""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank (peft's LoRA) on every linear layer; 0: all weights."""
+    lora_alpha: float = 32.0
+    """Adapters are scaled by this over their rank, > 0."""
+    gradient_checkpointing: bool = False
+    """Recompute activations for the gradient: about a third slower, a fraction of their memory."""
+
+    def __post_init__(self) -> None:
+        require("model.lora_rank", self.lora_rank, self.lora_rank >= 0, ">= 0")
+        require("model.lora_alpha", self.lora_alpha, self.lora_alpha > 0, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How rows of text are read, cut and judged."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of columns where the data have others: --text.columns prompt question chosen best."""
+    split: str = "train"
+    """Of a Hugging Face data set."""
+    max_length: int = 512
+    """Most tokens of a prompt and its completion together."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What happens to rows above max_length; nothing is ever cut off."""
+    held_out: str | None = None
+    """Rows to judge the model on; None: held_out_share of the data."""
+    held_out_share: float = 0.1
+    """Share of the rows that is kept out of training, in [0, 0.9]; 0: the model is judged on the
+    rows that it learns from."""
+    task: str | None = None
+    """Prompts that are made, with their verifier: reasoning_gym:NAME."""
+    task_size: int = 1_000
+    """How many prompts such a task makes, >= 2."""
+    reward: str | None = None
+    """module:function that scores completions: see docs/rewards.md."""
+    reward_seconds: float = 10.0
+    """Time for the reward of one completion, > 0; one that takes longer counts as failed."""
+
+    def __post_init__(self) -> None:
+        require("text.max_length", self.max_length, self.max_length >= 2, ">= 2")
+        share = self.held_out_share
+        require("text.held_out_share", share, 0 <= share <= 0.9, "in [0, 0.9]")
+        require("text.task_size", self.task_size, self.task_size >= 2, ">= 2")
+        require("text.reward_seconds", self.reward_seconds, self.reward_seconds > 0, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One phase of training: a loop, what it runs on, and how long."""
 
     env: EnvConfig = field(default_factory=EnvConfig)
-    """The task; one that learns from data alone is only judged in it."""
+    """The task of a controller; one that learns from data alone is only judged in it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model of a language method."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """The task of a language method."""
     data: str | None = None
     """Logged steps to learn from: minari:NAME, FILE.hdf5 (D4RL), FOLDER of .npz, or module:function
-    for your own (returns arrays, or an esscher.experience.Dataset)."""
+    for your own (returns arrays, or an esscher.experience.Dataset). Of a language method, rows of
+    text: FILE.jsonl, FILE.parquet, a FOLDER saved by datasets, a Hugging Face name, or
+    module:function."""
     steps: int = 100_000
     """Environment steps, counted over all parallel copies; updates, where a method learns from data
-    alone."""
+    alone; iterations, where a language model writes and is judged."""
 
     def __post_init__(self) -> None:
         require("steps", self.steps, self.steps >= 1, ">= 1")
@@ -57,9 +120,10 @@ class EvaluationConfig:
     """When and how the policy is judged. Evaluating more often never changes training."""
 
     every: int = 5_000
-    """Environment steps between evaluations; 0: only at the end."""
+    """Steps between evaluations; 0: only at the end."""
     episodes: int = 10
-    """Episodes an evaluation, each from its own fixed seed."""
+    """Episodes an evaluation, each from its own fixed seed; of a language model, rows held out that
+    it is judged on (and as many completions)."""
     deterministic: bool = True
     """Take the mode of the policy instead of a sample."""
     step_limit: int = 10_000
@@ -132,8 +196,10 @@ class Experiment:
         method: Any,
         *,
         env: EnvConfig | str | None = None,
+        model: ModelConfig | str | None = None,
+        text: TextConfig | None = None,
         data: str | None = None,
-        steps: int = 100_000,
+        steps: int | None = None,
         **options: Any,
     ) -> "Experiment":
         """An experiment of one stage.
@@ -141,15 +207,36 @@ class Experiment:
         Args:
             method: a slug ("sac") or a method's Config.
             env: an environment id or a whole EnvConfig.
-            data: logged steps to learn from; see Stage.
-            steps: environment steps, or updates from data alone.
+            model: the source of a language model or a whole ModelConfig.
+            text: how a language method's rows are read and judged.
+            data: what to learn from; see Stage.
+            steps: environment steps, updates from data alone, or iterations; by default 100,000, of
+                language methods 1,000.
             options: further fields (seed, evaluation, checkpoint, runtime, log, label).
         """
         if isinstance(method, str):
             method = load_method(method).Config()
+        language = load_method(slug_of(method)).world == "language"
         if not isinstance(env, EnvConfig):
             env = EnvConfig() if env is None else EnvConfig(id=env)
-        return cls(method=method, stages=(Stage(env=env, data=data, steps=steps),), **options)
+        if not isinstance(model, ModelConfig):
+            model = ModelConfig(source=model)
+        stage = Stage(
+            env=env,
+            model=model,
+            text=text or TextConfig(),
+            data=data,
+            steps=steps or (1_000 if language else 100_000),
+        )
+        if (
+            language
+        ):  # A step is a whole update: seconds, where an environment's is a fraction of one.
+            options = {
+                "evaluation": EvaluationConfig(every=100, episodes=32),
+                "checkpoint": CheckpointConfig(every=100),
+                "log": LogConfig(every=10),
+            } | options
+        return cls(method=method, stages=(stage,), **options)
 
     @property
     def slug(self) -> str:
@@ -164,18 +251,29 @@ class Experiment:
         """The last stage's task as the method acts in it, with what the method wraps around it."""
         return load_method(self.slug).task(self.method, self.stages[-1].env)
 
+    @property
+    def subject(self) -> str:
+        """What the last stage is about, for titles: the environment, or the data of a model."""
+        stage = self.stages[-1]
+        if load_method(self.slug).world == "control":
+            return stage.env.id
+        source = stage.text.task or stage.data or "text"
+        return Path(source).name if Path(source).is_absolute() else source
+
     def resolved(self) -> "Experiment":
-        """With every automatic choice of the runtime made for this machine, and data files named by
-        their whole path, so that a run can be resumed from another working folder.
+        """With every automatic choice of the runtime made for this machine, and data files and models
+        named by their whole path, so that a run can be resumed from another working folder.
 
         Raises:
-            UserError: the device is not there, warm-up leaves no step to learn in, or data are given
-                to a method that reads none, or missing for one that needs them.
+            UserError: the device is not there, warm-up leaves no step to learn in, or data or a model
+                are given to a method that reads none, or missing for one that needs them.
         """
-        kind = load_method(self.slug)
-        if kind.data == "none" and self.stages[-1].data is not None:
+        kind, stage = load_method(self.slug), self.stages[-1]
+        language = kind.world == "language"
+        _check_language(self.slug, kind, stage)
+        if kind.data == "none" and stage.data is not None:
             raise UserError(f"{self.slug} learns from its own steps only: leave out --data")
-        if kind.data == "required" and self.stages[-1].data is None:
+        if kind.data == "required" and stage.data is None and not language:
             raise UserError(
                 f"{self.slug} learns from logged steps: give --data minari:NAME, FILE.hdf5, a FOLDER "
                 "of .npz files or module:function (esscher data collect makes some)"
@@ -186,8 +284,8 @@ class Experiment:
                 f"method.warmup {warmup} leaves nothing to learn in {steps} steps: lower "
                 "--method.warmup, or raise --steps"
             )
-        width = max(getattr(self.method, "hidden", ()), default=0)
-        stages = tuple(replace(stage, data=_whole_path(stage.data)) for stage in self.stages)
+        width = 1024 if language else max(getattr(self.method, "hidden", ()), default=0)
+        stages = tuple(_with_whole_paths(stage) for stage in self.stages)
         return replace(self, stages=stages, runtime=self.runtime.resolve(steps, width))
 
     def to_json(self) -> dict[str, Any]:
@@ -208,6 +306,38 @@ class Experiment:
         config = load_method(data.pop("slug")).Config
         method = _decode(config, data.pop("method"), "method")
         return replace(_decode(cls, {**data, "method": None}, "experiment"), method=method)
+
+
+def _check_language(slug: str, kind: Any, stage: Stage) -> None:
+    """Of a language method, that it has a model and text; of another, that it has none."""
+    if kind.world != "language":
+        if stage.model.source is not None:
+            raise UserError(f"{slug} trains a controller, not a language model: leave out --model")
+        return
+    if stage.model.source is None:
+        raise UserError(
+            f"{slug} needs a language model: give --model FOLDER, a Hugging Face name or "
+            "module:function (esscher.models:tiny_llama makes a small one)"
+        )
+    if stage.data is not None and stage.text.task is not None:
+        raise UserError("--data and --task exclude each other: both say what the prompts are")
+    if stage.data is None and stage.text.task is None:
+        what = {"pairs": "prompt, chosen, rejected", "demonstrations": "prompt, completion"}
+        columns = what.get(kind.rows, "prompt")
+        task = ", or --task reasoning_gym:NAME" if kind.rows == "prompts" else ""
+        raise UserError(
+            f"{slug} learns from rows of text (columns {columns}): give --data FILE.jsonl, "
+            f"FILE.parquet, a FOLDER or module:function{task}"
+        )
+
+
+def _with_whole_paths(stage: Stage) -> Stage:
+    return replace(
+        stage,
+        data=_whole_path(stage.data),
+        model=replace(stage.model, source=_whole_path(stage.model.source)),
+        text=replace(stage.text, held_out=_whole_path(stage.text.held_out)),
+    )
 
 
 def _whole_path(data: str | None) -> str | None:

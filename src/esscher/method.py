@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from esscher.errors import UserError
 from esscher.runtime.device import Runtime
 from esscher.runtime.state import Stateful
-from esscher.types import Action, Candidates, Episodes, Metrics, Spec
+from esscher.types import (
+    Action,
+    Candidates,
+    Completions,
+    Episodes,
+    Metrics,
+    Prompts,
+    Scored,
+    Spec,
+)
 
 Batch = TypeVar("Batch", contravariant=True)
 
@@ -38,9 +47,13 @@ class Method(Stateful):
     A subclass names its `Config` and takes `(cfg, spec, runtime)`; nothing inherits from a method.
     """
 
-    loop: ClassVar[Literal["online", "offline", "evolve"]] = "online"
+    world: ClassVar[Literal["control", "language"]] = "control"
+    """What is trained: a controller of environments, or a language model."""
+    loop: ClassVar[Literal["online", "offline", "evolve", "generate"]] = "online"
     """offline: nothing but logged data, and the task serves only to judge the policy; evolve: a
-    population, judged by whole episodes."""
+    population, judged by whole episodes; generate: completions of prompts, judged by a reward."""
+    rows: ClassVar[Literal["pairs", "demonstrations", "prompts"]] = "demonstrations"
+    """Of a language method: what each row of its text holds."""
     data: ClassVar[Literal["none", "optional", "required"]] = "none"
     """Whether logged steps are read; then `experience` takes them (None where they are optional)."""
     headline: ClassVar[str] = "return"
@@ -48,7 +61,7 @@ class Method(Stateful):
     games: ClassVar[bool] = False
     """Whether several agents can be trained, each with choices of its own."""
 
-    def __init__(self, cfg: Any, spec: Spec, runtime: Runtime):
+    def __init__(self, cfg: Any, spec: Any, runtime: Runtime):
         if spec.num_agents > 1 and not self.games:
             raise UserError(
                 f"{type(self).__name__} trains one agent, and this task has {spec.num_agents}: use "
@@ -129,6 +142,16 @@ class Evolver(Learning, Protocol):
     def tell(self, candidates: Candidates, episodes: Episodes, experience: Any) -> list[Metrics]:
         """Take in an episode of each, and learn; what there is to report."""
         ...
+
+
+class Proposer(Learning, Protocol):
+    """A method that the generate loop can train: it writes, and learns from what came of it."""
+
+    def propose(self, prompts: Prompts, step: int) -> Completions:
+        """Completions to be judged, equally many of each prompt."""
+        ...
+
+    def update(self, batch: Scored, step: int) -> Metrics: ...
 
 
 class Control(Learning, Actor, Protocol):

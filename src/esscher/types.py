@@ -39,6 +39,11 @@ class Record:
         """Rows of every field; `index` is whatever a tensor accepts on its leading axis."""
         return self._map(lambda value: value[index])
 
+    def split(self, size: int) -> list[Self]:
+        """Pieces of at most `size` rows, in order; 0: one piece."""
+        size = size or len(self)
+        return [self.index(slice(k, k + size)) for k in range(0, len(self), size)]
+
     @classmethod
     def cat(cls, records: Sequence[Self]) -> Self:
         """Concatenate records of tensors along the leading axis."""
@@ -52,6 +57,8 @@ class Record:
         def apply(value: Any) -> Any:
             if isinstance(value, Mapping):
                 return {name: function(item) for name, item in value.items()}
+            if isinstance(value, Record):
+                return value._map(function)
             return function(value)
 
         return type(self)(**{name: apply(value) for name, value in self.fields().items()})
@@ -130,6 +137,53 @@ class Population(Record):
     descriptor: Float[Tensor, "p c"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A prompt and one completion of it."""
+
+    prompt: list[int]
+    completion: list[int]
+    """With its end token."""
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+@record
+class Demonstrations(Record):
+    """Prompts with completions to imitate, padded on the right."""
+
+    tokens: Int[Tensor, "b t"]
+    token_mask: Bool[Tensor, "b t"]
+    """What is no padding."""
+    completion_mask: Bool[Tensor, "b t"]
+    row: Int[Tensor, "b"]
+    """Which row of the data each one is."""
+
+
+@record
+class Pairs(Record):
+    """Two completions of each prompt, the chosen and then the rejected, padded on the right."""
+
+    tokens: Int[Tensor, "b 2 t"]
+    token_mask: Bool[Tensor, "b 2 t"]
+    """What is no padding."""
+    completion_mask: Bool[Tensor, "b 2 t"]
+    row: Int[Tensor, "b"]
+    """Which row of the data each one is."""
+
+
+@record
+class Prompts(Record):
+    """What a language model is to go on from, padded on the left."""
+
+    tokens: Int[Tensor, "p t"]
+    mask: Bool[Tensor, "p t"]
+    """What is no padding."""
+    row: Int[Tensor, "p"]
+    """Which row of the data each one is."""
+
+
 @record
 class Completions(Record):
     """Prompts, padded on the left, and what a language model wrote after them."""
@@ -145,6 +199,24 @@ class Completions(Record):
     """Which prompt a row answers."""
     finished: Bool[Tensor, "b"]
     """Whether an end token was drawn, rather than the limit of length reached."""
+
+    @property
+    def token_mask(self) -> Bool[Tensor, "b t"]:
+        """What is no padding."""
+        return self.prompt_mask | self.completion_mask
+
+
+@record
+class Scored(Record):
+    """Completions that have been judged."""
+
+    completions: Completions
+    reward: Float[Tensor, "b"]
+    """0 where judging failed."""
+    valid: Bool[Tensor, "b"]
+    """False where the reward raised, took too long or was not finite: such a row is no evidence."""
+    parts: dict[str, Float[Tensor, "b"]]
+    """What the reward consists of, by name; NaN where judging failed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from esscher.adapters.text import Tokens, encode, read_pairs, read_rows
+from esscher.adapters.text import encode, read_rows, read_text
 from esscher.errors import UserError
+from esscher.types import Tokens
 
 ROWS = [
     {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},
@@ -36,7 +37,7 @@ def tokenizer(template: str | None = TEMPLATE, **special: str) -> Any:
 
 def pairs(rows: Any, **options: Any) -> Any:
     defaults: dict[str, Any] = {"name": "prefs", "columns": {}, "max_length": 200}
-    return read_pairs(rows, tokenizer(), **{**defaults, **options})
+    return read_text("pairs", rows, tokenizer(), **{**defaults, **options})[0]
 
 
 # ---- sources
@@ -71,7 +72,7 @@ def test_a_function_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("a.jsonl", '{"prompt": 1}\n{"prompt"', "a.jsonl, line 2: not valid JSON"),
         ("a.jsonl", "", "holds no rows"),
         ("a.jsonl", "3\n", "row 0: must be an object"),
-        ("a.txt", "x", "must be .jsonl, .json or .parquet"),
+        ("a.csv", "x", "must be .jsonl, .json, .parquet or .txt"),
     ],
 )
 def test_what_cannot_be_read_is_said(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -128,7 +129,9 @@ def test_columns_may_have_other_names() -> None:
     row = {"question": "a", "good": "b", "bad": "c"}
     names = {"prompt": "question", "chosen": "good", "rejected": "bad"}
     assert pairs([row], columns=names) == pairs([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(UserError, match=r"row 0 has no column 'chosen'.*--columns chosen=NAME"):
+    with pytest.raises(
+        UserError, match=r"row 0 has no column 'chosen'.*--text.columns chosen NAME"
+    ):
         pairs([row])
 
 

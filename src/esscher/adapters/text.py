@@ -4,6 +4,7 @@
 |---|---|
 | FILE.jsonl, FILE.json | one object a line, or one list of objects |
 | FILE.parquet | rows |
+| FILE.txt | paragraphs, as a column text |
 | FOLDER | a data set saved by Hugging Face datasets |
 | NAME | a data set of the Hugging Face hub, or of its local cache |
 | module:function | what it returns: an iterable of dictionaries |
@@ -14,28 +15,16 @@ tokenizer's own chat template turns into text.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from esscher.adapters.imports import needed, users_own
 from esscher.errors import UserError, nearest
+from esscher.types import Tokens
 
 Row = Mapping[str, Any]
 TooLong = Literal["refuse", "drop"]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A prompt and one completion of it."""
-
-    prompt: list[int]
-    completion: list[int]
-    """With its end token."""
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.completion)
 
 
 def read_rows(source: str, *, split: str = "train") -> list[Row]:
@@ -68,7 +57,9 @@ def pick(row: Row, column: str, columns: Mapping[str, str], place: str) -> Any:
     name = columns.get(column, column)
     if name not in row or row[name] is None:
         hint = nearest(name, row)
-        raise UserError(f"{place} has no column {name!r}: {hint} (--columns {column}=NAME maps)")
+        raise UserError(
+            f"{place} has no column {name!r}: {hint} (--text.columns {column} NAME maps)"
+        )
     return row[name]
 
 
@@ -89,13 +80,7 @@ def encode(tokenizer: Any, prompt: Any, completion: Any, place: str) -> Tokens:
         special = False  # The template has written them.
     if not answer.strip():
         raise UserError(f"{place}: the completion is empty, so there is nothing to learn from")
-    ids = list(tokenizer(asked, add_special_tokens=special)["input_ids"])
-    if special and ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1:
-        ids.pop()  # Some tokenizers close whatever they read.
-    if not ids:
-        if tokenizer.bos_token_id is None:
-            raise UserError(f"{place}: the prompt is empty, and the tokenizer has no first token")
-        ids = [tokenizer.bos_token_id]
+    ids = _prompt_ids(tokenizer, asked, special, place)
     completed = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if not completed:
         raise UserError(f"{place}: the completion has no tokens in this tokenizer")
@@ -104,7 +89,22 @@ def encode(tokenizer: Any, prompt: Any, completion: Any, place: str) -> Tokens:
     return Tokens(ids, completed)
 
 
-def read_pairs(
+def encode_prompt(tokenizer: Any, prompt: Any, place: str) -> list[int]:
+    """Token ids of a prompt alone, a chat with the template's opening of an answer.
+
+    Raises:
+        UserError: neither text nor messages, an empty prompt, or no chat template.
+    """
+    special = isinstance(prompt, str)
+    if not special:
+        _check_template(tokenizer, place)
+        messages = _messages(prompt, "user", place)
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return _prompt_ids(tokenizer, prompt, special, place)
+
+
+def read_text(
+    kind: Literal["pairs", "demonstrations", "prompts"],
     rows: Sequence[Row],
     tokenizer: Any,
     *,
@@ -112,35 +112,95 @@ def read_pairs(
     columns: Mapping[str, str],
     max_length: int,
     too_long: TooLong = "refuse",
-) -> list[tuple[Tokens, Tokens]]:
-    """(chosen, rejected) of every row with columns prompt, chosen and rejected.
-
-    Without a prompt column, chosen and rejected are whole chats, and the messages that they share
-    at the beginning are the prompt.
+) -> tuple[list[Any], list[Row]]:
+    """What a kind of method learns from, and the rows that it was made of.
 
     Raises:
         UserError: which row, and what is wrong with it; nothing is left of the rows.
     """
-    pairs = []
+    items, kept = [], []
     for number, row in enumerate(rows):
         place = f"{name}, row {number}"
-        prompt, chosen, rejected = _prompt_and_answers(row, columns, place)
-        if chosen == rejected:
-            raise UserError(f"{place}: chosen and rejected are equal, so neither is preferred")
-        pair = tuple(encode(tokenizer, prompt, answer, place) for answer in (chosen, rejected))
-        if pair[0] == pair[1]:
-            raise UserError(f"{place}: chosen and rejected are equal as tokens")
-        longest = max(map(len, pair))
+        item = _READERS[kind](row, tokenizer, columns, place)
+        parts = item if kind == "pairs" else [item]
+        longest = max(map(len, parts))
         if longest <= max_length:
-            pairs.append(pair)
+            items.append(item)
+            kept.append(row)
         elif too_long == "refuse":
             raise UserError(
-                f"{place} has {longest} tokens, and {max_length} fit: raise max_length (the model's "
-                "context permitting), or leave such rows out with --method.too-long drop"
+                f"{place} has {longest} tokens, and {max_length} fit: raise --text.max-length (the "
+                "model's context permitting), or leave such rows out with --text.too-long drop"
             )
-    if not pairs:
-        raise UserError(f"{name}: no row has at most {max_length} tokens; raise max_length")
-    return pairs
+    if not items:
+        raise UserError(f"{name}: no row has at most {max_length} tokens; raise --text.max-length")
+    return items, kept
+
+
+def _read_pair(
+    row: Row, tokenizer: Any, columns: Mapping[str, str], place: str
+) -> tuple[Tokens, Tokens]:
+    """(chosen, rejected) of a row with columns prompt, chosen and rejected.
+
+    Without a prompt column, chosen and rejected are whole chats, and the messages that they share
+    at the beginning are the prompt.
+    """
+    prompt, chosen, rejected = _prompt_and_answers(row, columns, place)
+    if chosen == rejected:
+        raise UserError(f"{place}: chosen and rejected are equal, so neither is preferred")
+    best, worst = (encode(tokenizer, prompt, answer, place) for answer in (chosen, rejected))
+    if best == worst:
+        raise UserError(f"{place}: chosen and rejected are equal as tokens")
+    return best, worst
+
+
+def _read_demonstration(row: Row, tokenizer: Any, columns: Mapping[str, str], place: str) -> Tokens:
+    """Of a row with columns prompt and completion, messages (the last is the completion), or text."""
+    if columns.get("text", "text") in row:
+        text = pick(row, "text", columns, place)
+        first = tokenizer.bos_token_id
+        first = tokenizer.eos_token_id if first is None else first
+        ids = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise UserError(f"{place}: the text is empty, so there is nothing to learn from")
+        return Tokens([first], [*ids, tokenizer.eos_token_id])
+    if columns.get("messages", "messages") in row:
+        chat = _messages(pick(row, "messages", columns, place), "user", place)
+        if len(chat) < 2:
+            raise UserError(f"{place}: messages need a question and an answer, got {len(chat)}")
+        return encode(tokenizer, chat[:-1], chat[-1:], place)
+    asked, answer = (pick(row, column, columns, place) for column in ("prompt", "completion"))
+    return encode(tokenizer, asked, answer, place)
+
+
+def _read_prompt(row: Row, tokenizer: Any, columns: Mapping[str, str], place: str) -> list[int]:
+    return encode_prompt(tokenizer, pick(row, "prompt", columns, place), place)
+
+
+_READERS: dict[str, Any] = {
+    "pairs": _read_pair,
+    "demonstrations": _read_demonstration,
+    "prompts": _read_prompt,
+}
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, special: bool, place: str) -> list[int]:
+    ids = list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+    if special and ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1:
+        ids.pop()  # Some tokenizers close whatever they read.
+    if not ids:
+        if tokenizer.bos_token_id is None:
+            raise UserError(f"{place}: the prompt is empty, and the tokenizer has no first token")
+        ids = [tokenizer.bos_token_id]
+    return ids
+
+
+def _check_template(tokenizer: Any, place: str) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{place} holds chat messages, and the tokenizer has no chat template: give plain text, "
+            "or a model that is made for chats"
+        )
 
 
 def _prompt_and_answers(row: Row, columns: Mapping[str, str], place: str) -> tuple[Any, Any, Any]:
@@ -172,11 +232,7 @@ def _messages(value: Any, role: str, place: str) -> list[dict[str, Any]]:
 
 
 def _chat(tokenizer: Any, prompt: list[Any], completion: Any, place: str) -> tuple[str, str]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            f"{place} holds chat messages, and the tokenizer has no chat template: give plain text, "
-            "or a model that is made for chats"
-        )
+    _check_template(tokenizer, place)
     answer = _messages(completion, "assistant", place)
     asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
@@ -192,9 +248,11 @@ def _read_file(path: Path) -> list[Any]:
     if path.suffix == ".parquet":
         parquet: Any = needed("pyarrow.parquet", str(path), "language")
         return parquet.read_table(path).to_pylist()
-    if path.suffix not in (".jsonl", ".json"):
-        raise UserError(f"{path} must be .jsonl, .json or .parquet")
+    if path.suffix not in (".jsonl", ".json", ".txt"):
+        raise UserError(f"{path} must be .jsonl, .json, .parquet or .txt")
     text = path.read_text(encoding="utf-8")
+    if path.suffix == ".txt":
+        return [{"text": part.strip()} for part in text.split("\n\n") if part.strip()]
     if path.suffix == ".json":
         try:
             whole = json.loads(text)

@@ -5,8 +5,11 @@ batch x time x vocabulary is ever held. Generation keeps a key-value cache, drop
 and gives every sequence its own random numbers.
 """
 
+import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +17,26 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from esscher.errors import UserError
-from esscher.functional.sequences import shifted, token_log_probs
+from esscher.functional.sequences import (
+    shifted,
+    token_log_probs,
+    token_log_probs_and_entropy,
+)
 from esscher.samplers.decoding import Decoding, decoding_log_probs, draw, uniforms
 from esscher.types import Completions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSpec:
+    """What a language method has to know of its task."""
+
+    model: "LanguageModel"
+    """To be trained; the method's policy."""
+    tokenizer: Any
+    """Of the transformers library."""
+    max_length: int
+    """Most tokens of a prompt and its completion together."""
+    num_agents: int = 1
 
 
 class LanguageModel(nn.Module):
@@ -38,6 +58,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model: Any = model
         self.end_tokens, self.pad_token = tuple(end_tokens), pad_token
+        self._adapters_off = self._no_gradient = False
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -46,6 +67,41 @@ class LanguageModel(nn.Module):
         # transformers has renamed it.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._check_head()
+
+    def frozen(self) -> "LanguageModel":
+        """This model as it is now (that is: before training), without gradients.
+
+        With adapters it shares all weights and switches the adapters off; else it is a copy.
+        """
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
+        if hasattr(self.model, "peft_config"):
+            twin._adapters_off = True
+        else:
+            twin.model = copy.deepcopy(self.model).requires_grad_(False)
+            twin.model.eval()
+        twin._no_gradient = True
+        return twin
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Without what is not trained, and with tied weights once."""
+        state = super().state_dict(*args, **kwargs)
+        named = dict(self.named_parameters(remove_duplicate=False))
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {
+            name: value for name, value in state.items() if name not in named or name in trained
+        }
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Of a `state_dict`; strict: with exactly its names."""
+        if strict and (state_dict.keys() != (own := self.state_dict().keys())):
+            raise ValueError(f"state does not fit: {sorted(state_dict.keys() ^ own)[:5]} differ")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What an optimiser moves."""
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     @property
     def _causal(self) -> Any:
@@ -81,10 +137,43 @@ class LanguageModel(nn.Module):
 
         Gradient: to the model's parameters.
         """
-        hidden = self._hidden(tokens, token_mask)
-        head, (targets, mask) = self.head, shifted(tokens, completion_mask)
-        logp = token_log_probs(hidden[:, :-1], head.weight, targets, mask, bias=head.bias)
+        with self._as_configured():
+            hidden = self._hidden(tokens, token_mask)
+            head, (targets, mask) = self.head, shifted(tokens, completion_mask)
+            logp = token_log_probs(hidden[:, :-1], head.weight, targets, mask, bias=head.bias)
         return nn.functional.pad(logp, (1, 0))
+
+    def log_prob_and_entropy(
+        self,
+        tokens: Int[Tensor, "b t"],
+        token_mask: Bool[Tensor, "b t"],
+        completion_mask: Bool[Tensor, "b t"],
+    ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t"]]:
+        """`log_prob`, and the entropy of the distribution that each token was drawn from, nats.
+
+        Gradient: to the model's parameters; none through the entropy.
+        """
+        with self._as_configured():
+            hidden = self._hidden(tokens, token_mask)
+            head, (targets, mask) = self.head, shifted(tokens, completion_mask)
+            found = token_log_probs_and_entropy(
+                hidden[:, :-1], head.weight, targets, mask, bias=head.bias
+            )
+        logp, entropy = (nn.functional.pad(x, (1, 0)) for x in found)
+        return logp, entropy
+
+    def next_logits(
+        self, tokens: Int[Tensor, "b t"], mask: Bool[Tensor, "b s"], cache: Any = None
+    ) -> tuple[Float[Tensor, "b v"], Any]:
+        """Logits of the token after each row (padded on the left), and the cache to go on with.
+
+        Args:
+            tokens: all of them, or with a cache only those that it has not seen.
+            mask: of all tokens so far, the cached ones included.
+        """
+        with self._as_configured():
+            output = self._step(tokens, mask, cache)
+        return output.logits[:, -1], getattr(output, self._cache_name)
 
     @torch.no_grad()
     def generate(
@@ -117,10 +206,9 @@ class LanguageModel(nn.Module):
         ends = torch.tensor(self.end_tokens, device=device)
         rows = torch.arange(count, device=device)
         mask = prompt_mask
-        output = self._step(prompts, mask, None)
-        cache = getattr(output, self._cache_name)
+        logits, cache = self.next_logits(prompts, mask)
         cache.batch_repeat_interleave(copies)
-        logits = output.logits[:, -1].repeat_interleave(copies, 0)
+        logits = logits.repeat_interleave(copies, 0)
         mask = mask.repeat_interleave(copies, 0)
         for position in range(limit):
             distribution = decoding_log_probs(logits, decoding)
@@ -139,7 +227,7 @@ class LanguageModel(nn.Module):
                 rows, token, mask = rows[going], token[going], mask[going]
                 cache.batch_select_indices(going)
             mask = nn.functional.pad(mask, (0, 1), value=True)
-            logits = self._step(token.unsqueeze(-1), mask, cache).logits[:, -1]
+            logits, cache = self.next_logits(token.unsqueeze(-1), mask, cache)
         longest = int(length.max())
         completion = torch.arange(longest, device=device) < length.unsqueeze(-1)
         return Completions(
@@ -152,6 +240,11 @@ class LanguageModel(nn.Module):
             group=torch.arange(len(prompts), device=device).repeat_interleave(copies),
             finished=finished,
         )
+
+    def _as_configured(self) -> AbstractContextManager[Any]:
+        if self._adapters_off:
+            return _both(self.model.disable_adapter(), torch.no_grad())
+        return torch.no_grad() if self._no_gradient else nullcontext()
 
     def _hidden(
         self, tokens: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]
@@ -199,3 +292,11 @@ class LanguageModel(nn.Module):
                 f"{type(self._causal).__name__} changes its logits after the output matrix (such as "
                 "by soft-capping or scaling), which log-probabilities in chunks do not support yet"
             )
+
+
+@contextmanager
+def _both(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

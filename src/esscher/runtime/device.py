@@ -4,7 +4,7 @@ import functools
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -72,7 +72,13 @@ class Runtime:
         config = (config or RuntimeConfig(device="cpu", graph="eager", threads=1)).resolve(0)
         self.config = config
         self.device = torch.device(config.device)
-        self.rank, self.world = 0, 1
+        self.rank, self.world = process_rank()
+
+    def autocast(self, function: Function) -> Function:
+        """Run a piece in the configured precision, always eager: for shapes that change."""
+        if self.config.precision == "bfloat16":
+            return _autocast(function, self.device.type)
+        return function
 
     def graph(self, function: Function) -> Function:
         """Run a pure piece of an update as the configuration says: eager or compiled.
@@ -81,11 +87,29 @@ class Runtime:
         target moves, becomes one graph. It must have static shapes and no `.item()`; random numbers
         are drawn by torch's own generators in either mode, so both modes see the same noise.
         """
-        if self.config.precision == "bfloat16":
-            function = _autocast(function, self.device.type)
+        function = self.autocast(function)
         if self.config.graph == "compile":
             function = _compile_or_fall_back(function)
         return function
+
+
+def process_rank() -> tuple[int, int]:
+    """Which process this is, and how many train together (torch.distributed; alone: 0 of 1)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+@torch.no_grad()
+def sum_over_processes(tensors: Sequence[torch.Tensor]) -> None:
+    """Add up each tensor over the processes that train together, in place."""
+    if process_rank()[1] == 1:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, piece in zip(tensors, pieces, strict=True):
+        tensor.copy_(piece.view_as(tensor))
 
 
 def available_processors() -> int:

@@ -1,6 +1,7 @@
 """Judge a policy by whole episodes in environments of its own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,24 @@ from esscher.runtime.rng import Phase, seed_phase
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Returns (undiscounted sums of reward) and lengths of the episodes."""
+    """Returns (undiscounted sums of reward) and lengths of the episodes.
+
+    Of a language model: what each row held out was worth, by the measure named, and its tokens.
+    """
 
     returns: list[float]
     lengths: list[int]
+    measure: str = "return"
+    """What the numbers are; more is better."""
+    extras: dict[str, float] = field(default_factory=dict)
+    """Further means, by name."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """Of a language model: some prompts with what it wrote."""
+
+    @property
+    def told(self) -> str:
+        """The mean for a reader: returns are large numbers, most other measures small ones."""
+        return f"{self.mean:,.1f}" if self.measure == "return" else f"{self.mean:,.3f}"
 
     @property
     def mean(self) -> float:
@@ -28,12 +43,14 @@ class Evaluation:
     def std(self) -> float:
         return float(np.std(self.returns))
 
-    def to_json(self) -> dict[str, float | list[float]]:
+    def to_json(self) -> dict[str, Any]:
         return {
+            **({} if self.measure == "return" else {"measure": self.measure}),
             "return_mean": self.mean,
             "return_std": self.std,
             "returns": self.returns,
             "length_mean": float(np.mean(self.lengths)),
+            **self.extras,
         }
 
 

@@ -14,6 +14,7 @@ from esscher.runtime.device import Runtime
 from esscher.runtime.run import read_experiment
 from esscher.runtime.state import under
 from esscher.types import Spec
+from esscher.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,13 @@ class Loaded:
     """A trained run."""
 
     experiment: Experiment
-    policy: Controller
-    """Maps observations to actions of the environment; see Controller.predict."""
+    policy: Any
+    """Of a controller: maps observations to actions of the environment; see Controller.predict. Of a
+    language model: answers prompts; see Writer.complete."""
     method: Any
     """The whole learner, critics and optimisers included."""
     step: int
-    """Environment steps of the checkpoint that was read."""
+    """Steps of the checkpoint that was read."""
 
     def policy_for(self, descriptor: Sequence[float], *, asked: bool = False) -> Controller:
         """Of a run that fills an archive: the policy for a behaviour.
@@ -61,6 +63,8 @@ def load(directory: str | Path, *, step: int | None = None) -> Loaded:
     folder = Path(directory)
     experiment = read_experiment(folder)
     checkpoint = checkpoints.load(folder, step)
+    if load_method(experiment.slug).world == "language":
+        return _load_language(experiment, checkpoint)
     fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint.meta["spec"].items()
     }
@@ -68,3 +72,15 @@ def load(directory: str | Path, *, step: int | None = None) -> Loaded:
     method = load_method(experiment.slug)(experiment.method, spec, Runtime())
     method.load_state_dict(under("method", checkpoint.state))
     return Loaded(experiment, Controller(method.policy, spec), method, checkpoint.step)
+
+
+def _load_language(experiment: Experiment, checkpoint: checkpoints.Checkpoint) -> Loaded:
+    from esscher.runtime.language import LanguageWorld
+
+    runtime = Runtime()
+    world = LanguageWorld(experiment, runtime, with_text=False)
+    world.check(checkpoint.meta["spec"])
+    method = load_method(experiment.slug)(experiment.method, world.spec, runtime)
+    method.load_state_dict(under("method", checkpoint.state))
+    writer = Writer(method.policy, world.spec.tokenizer, getattr(method, "write", None))
+    return Loaded(experiment, writer, method, checkpoint.step)

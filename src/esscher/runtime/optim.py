@@ -1,13 +1,17 @@
 """One object between a loss and its parameters: gradient, clipping, fused step."""
 
 # pyright: reportPrivateImportUsage=false
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from esscher.runtime.device import sum_over_processes
 from esscher.runtime.state import Stateful
+
+Part = TypeVar("Part")
 
 
 class Optim(Stateful):
@@ -53,6 +57,26 @@ class Optim(Stateful):
         gradients = torch.autograd.grad(loss, self._params, allow_unused=True)
         pairs = zip(self._params, gradients, strict=True)
         self.apply([torch.zeros_like(p) if g is None else g for p, g in pairs])
+
+    def minimize_sum(
+        self, loss: Callable[[Part], Float[Tensor, ""]], parts: Iterable[Part]
+    ) -> None:
+        """One step down the gradient of the sum of the losses of all parts, over all processes.
+
+        The parts are micro-batches: of their activations only one part's are held at a time. The
+        denominators in `loss` must be those of the whole batch; then it does not matter how it is cut.
+        """
+        total: list[Tensor] = []
+        for part in parts:
+            gradients = torch.autograd.grad(loss(part), self._params, allow_unused=True)
+            pairs = zip(self._params, gradients, strict=True)
+            filled = [torch.zeros_like(p) if g is None else g for p, g in pairs]
+            if total:
+                torch._foreach_add_(total, filled)
+            else:
+                total = filled
+        sum_over_processes(total)
+        self.apply(total)
 
     @torch.no_grad()
     def apply(self, gradients: list[Tensor]) -> None:

@@ -22,6 +22,7 @@ class Phase(IntEnum):
     ACT = 2
     UPDATE = 3
     EVALUATE = 4
+    ORDER = 5
 
 
 def mix(*counters: int) -> int:

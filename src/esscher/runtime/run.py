@@ -12,24 +12,20 @@ from typing import Any, TextIO
 import torch
 
 from esscher import __version__
-from esscher.adapters.data import load_dataset
-from esscher.adapters.episodes import EpisodeRunner
-from esscher.adapters.gymnasium import Environments
 from esscher.errors import UserError, disk_full
 from esscher.experiment import Experiment
-from esscher.loops.evolve import evolve
-from esscher.loops.offline import offline
-from esscher.loops.online import LoopState, Progress, crossed, online
+from esscher.loops.online import LoopState, Progress, crossed
 from esscher.registry import load_method
 from esscher.runtime import checkpoint as checkpoints
 from esscher.runtime.checkpoint import write_atomically
 from esscher.runtime.device import Runtime
 from esscher.runtime.display import Display
-from esscher.runtime.evaluate import Evaluation, Evaluator
+from esscher.runtime.evaluate import Evaluation
 from esscher.runtime.metrics import Averager, MetricsLog, check_trackers
 from esscher.runtime.rng import Phase, seed_phase
 from esscher.runtime.state import State, under
 from esscher.runtime.stopping import stop_requests
+from esscher.runtime.worlds import world_of
 
 
 @dataclass(frozen=True)
@@ -134,7 +130,8 @@ def read_result(run_folder: Path) -> Result | None:
     if not path.exists():
         return None
     data = json.loads(path.read_text(encoding="utf-8"))
-    evaluation = Evaluation(data["returns"], data["lengths"])
+    measure = data.get("measure", "return")
+    evaluation = Evaluation(data["returns"], data["lengths"], measure)
     return Result(
         run_folder, data["slug"], data["steps"], data["updates"], data["seconds"], evaluation
     )
@@ -142,7 +139,7 @@ def read_result(run_folder: Path) -> Result | None:
 
 def fresh_folder(experiment: Experiment) -> Path:
     """runs/ENVIRONMENT/NAME_seedK, with a number behind it if that is taken."""
-    task = experiment.stages[-1].env.id.replace("/", "_").replace(":", "_")
+    task = experiment.subject.replace("/", "_").replace(":", "_")
     stem = Path("runs") / task / f"{experiment.name}_seed{experiment.seed}"
     folder, count = stem, 1
     while folder.exists():
@@ -156,55 +153,33 @@ class _Parts:
 
     def __init__(self, experiment: Experiment):
         torch.set_num_threads(experiment.runtime.threads)
-        stage = experiment.stages[-1]
-        method_class = load_method(experiment.slug)
-        self.kind = method_class.loop
-        self.envs: Any
-        if self.kind == "evolve":
-            limit = experiment.evaluation.step_limit
-            self.envs = EpisodeRunner(experiment.task, experiment.seed, limit)
-        else:
-            self.envs = Environments(experiment.task, experiment.seed)
+        self.runtime = Runtime(experiment.runtime)
+        self.world = world_of(experiment, self.runtime)
         try:
-            self.runtime = Runtime(experiment.runtime)
             seed_phase(experiment.seed, 0, Phase.INITIALISE)
-            self.method = method_class(experiment.method, self.envs.spec, self.runtime)
-            self.data = None
-            if stage.data is not None:
-                self.data = load_dataset(stage.data, self.envs.spec)
-            arguments = [] if method_class.data == "none" else [self.data]
-            self.experience = self.method.experience(*arguments)
-            obs = torch.zeros(0)
-            if self.kind == "online":
-                obs = torch.from_numpy(self.envs.reset(0)).to(self.runtime.device)
+            method_class = load_method(experiment.slug)
+            self.method = method_class(experiment.method, self.world.spec, self.runtime)
+            self.experience = self.world.experience(self.method)
+            self.loop = LoopState(self.world.begin())
         except BaseException:
-            self.envs.close()
+            self.world.close()
             raise
-        self.loop = LoopState(obs)
         self.averager = Averager()
-        # A task that judges whole episodes carries nothing from one iteration to the next.
-        self.inexact_because = self.envs.inexact_because() if self.kind == "online" else None
+        self.inexact_because = self.world.inexact_because
 
     def state_dict(self) -> State:
         parts = {"method": self.method, "experience": self.experience, "loop": self.loop}
-        state = {f"{n}.{k}": v for n, part in parts.items() for k, v in part.state_dict().items()}
-        if self.inexact_because is None and self.kind == "online":
-            state |= {f"envs.{k}": v for k, v in self.envs.state_dict().items()}
-        return state
+        parts["envs"] = self.world
+        return {f"{n}.{k}": v for n, part in parts.items() for k, v in part.state_dict().items()}
 
     def load_state_dict(self, state: State) -> None:
         self.method.load_state_dict(under("method", state))
         self.experience.load_state_dict(under("experience", state))
         self.loop.load_state_dict(under("loop", state))
-        if self.kind != "online":
-            return
-        if self.inexact_because is None:
-            self.envs.load_state_dict(under("envs", state))
-        else:
-            self.envs.reset(self.loop.step)
+        self.world.load_state_dict(under("envs", state), self.loop.step)
 
     def close(self) -> None:
-        self.envs.close()
+        self.world.close()
 
 
 def _train(run_folder: Path, checkpoint: checkpoints.Checkpoint | None, display: bool) -> Result:
@@ -234,6 +209,7 @@ class _Run:
         self.barrier_every = experiment.checkpoint.every if barrier else 0
         self.seconds_before, offset = 0.0, 0
         if checkpoint is not None:
+            parts.world.check(checkpoint.meta["spec"])
             parts.load_state_dict(checkpoint.state)
             if hasattr(parts.experience, "put_rows"):
                 checkpoints.load_rows(folder, checkpoint, parts.experience)
@@ -252,11 +228,10 @@ class _Run:
             offset,
             parts.loop.step,
         )
-        title = f"{experiment.name} on {self.stage.env.id}"
+        title = f"{experiment.name} on {experiment.subject}"
         self.display = Display(title, self.stage.steps, parts.loop.step) if display else None
         if self.display and parts.inexact_because:
             self.display.note(f"resume: {self._exact_because()}")
-        self.evaluator = Evaluator(experiment.task, experiment.evaluation, experiment.seed)
         self.began = time.monotonic()
 
     def train(self, requested: list[int]) -> Result:
@@ -280,19 +255,14 @@ class _Run:
             return self._finish()
         finally:
             self.log.close()
-            self.evaluator.close()
             if self.display:
                 self.display.close()
 
     def _iterations(self) -> Iterator[Progress]:
         parts = self.parts
-        method, envs, experience, loop = parts.method, parts.envs, parts.experience, parts.loop
-        limits = {"seed": self.experiment.seed, "steps": self.stage.steps}
-        if parts.kind == "offline":
-            return offline(method, experience, loop, **limits)
-        if parts.kind == "evolve":
-            return evolve(method, envs, experience, loop, **limits)
-        return online(method, envs, experience, loop, barrier_every=self.barrier_every, **limits)
+        return parts.world.iterations(
+            parts.method, parts.experience, parts.loop, self.barrier_every
+        )
 
     def _farewell(self, step: int) -> str:
         saved = checkpoints.steps(self.folder)
@@ -320,16 +290,24 @@ class _Run:
             self.display.update(loop.step, f"{headline.replace('_', ' ')} {row[headline]:,.1f}")
 
     def _evaluate(self) -> Evaluation:
-        evaluation = self.evaluator(self.parts.method.policy)
-        step = self.parts.loop.step
+        parts, step = self.parts, self.parts.loop.step
+        evaluation = parts.world.evaluate(parts.method, step)
         counters = {"phase": "evaluate", "step": step, "seconds": self.seconds}
-        score = None if self.parts.data is None else self.parts.data.score(evaluation.mean)
+        score = parts.world.score(evaluation)
         scored = {} if score is None else {"score": score}
         self.log.append({**counters, **evaluation.to_json(), **scored})
+        if evaluation.samples:
+            self._keep_samples(step, evaluation.samples)
         if self.display:
-            self.display.update(step, f"evaluated return {evaluation.mean:,.1f}")
+            self.display.update(step, f"evaluated {evaluation.measure} {evaluation.told}")
         self.last_evaluation = (step, evaluation)
         return evaluation
+
+    def _keep_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """One file an evaluation, written whole: what a resumed run writes again is replaced."""
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / f"step_{step:09d}.json", json.dumps(samples, indent=1))
 
     def _save(self) -> None:
         parts = self.parts
@@ -343,7 +321,7 @@ class _Run:
             "metrics_offset": self.log.offset,
             "averager": parts.averager.state_dict(),
             "evaluation": vars(evaluation) if evaluation and step == parts.loop.step else None,
-            "spec": dict(vars(parts.envs.spec)),
+            "spec": parts.world.describe(),
         }
         rows = parts.experience if hasattr(parts.experience, "put_rows") else None
         keep = self.experiment.checkpoint.keep
@@ -364,10 +342,11 @@ class _Run:
             evaluation = self._evaluate()
         self._save()
         self._draw()
+        self.parts.world.finish(self.parts.method, self.folder)
         result = {
             "status": "finished",
             "slug": self.experiment.slug,
-            "env": self.stage.env.id,
+            "env": self.experiment.subject,
             "seed": self.experiment.seed,
             "steps": loop.step,
             "updates": loop.num_updates,

@@ -1,0 +1,153 @@
+"""Language models from where users keep them, and back: folders of the transformers library, hub names,
+functions of their own; adapters of peft on top.
+
+Weights are read from safetensors only, and no code that comes with a model is run.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from esscher.adapters.imports import needed, users_own
+from esscher.distributions.autoregressive import LanguageModel
+from esscher.errors import UserError
+from esscher.experiment import ModelConfig
+
+
+def load_model(config: ModelConfig, device: torch.device) -> tuple[LanguageModel, Any]:
+    """The model to be trained and its tokenizer.
+
+    Raises:
+        UserError: no such model, weights that would have to be unpickled, a tokenizer with more
+            tokens than the model, or one without an end token.
+    """
+    assert config.source is not None
+    if ":" in config.source and not Path(config.source).exists():
+        model, tokenizer = users_own(config.source, "model")(**config.kwargs)
+    else:
+        model, tokenizer = _pretrained(config.source)
+    _check(model, tokenizer, config.source)
+    if config.lora_rank:
+        model = _with_adapters(model, config)
+    else:
+        model.to(torch.float32).requires_grad_(True)
+    model.to(device).train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    end = tokenizer.eos_token_id
+    ends = {end, *_as_list(getattr(model.generation_config, "eos_token_id", None))}
+    pad = tokenizer.pad_token_id
+    # Padding is masked wherever it is read, so that any token can stand for it.
+    policy = LanguageModel(model, end_tokens=sorted(ends), pad_token=end if pad is None else pad)
+    return policy, tokenizer
+
+
+def save_model(
+    policy: LanguageModel, tokenizer: Any, folder: Path, *, merged: bool = False
+) -> Path:
+    """Write a folder that AutoModelForCausalLM.from_pretrained opens, whole or not at all.
+
+    Args:
+        policy: with adapters, the adapters alone are written (the folder names their base model).
+        tokenizer: saved beside it.
+        folder: replaced if it is there.
+        merged: write adapters into the weights that they change.
+    """
+    model = policy.model
+    if merged and hasattr(model, "peft_config"):
+        import copy
+
+        model = copy.deepcopy(model).merge_and_unload()
+    writing = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    with _no_progress_bars():
+        model.save_pretrained(writing, safe_serialization=True)
+    tokenizer.save_pretrained(writing)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(writing, folder)
+    return folder
+
+
+def digest_of(model: nn.Module) -> str:
+    """Of all weights: tells whether a source still holds what a run began with."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(model.named_parameters()):
+        found.update(name.encode())
+        flat = parameter.detach().cpu().contiguous().view(-1)
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _pretrained(source: str) -> tuple[Any, Any]:
+    transformers: Any = needed("transformers", source, "language")
+    try:
+        with _no_progress_bars():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype="auto", use_safetensors=True
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"--model {source} cannot be read: {str(error).strip().splitlines()[0]} (a folder with "
+            "config.json, tokenizer and *.safetensors, a Hugging Face name, or module:function)"
+        ) from error
+    if hasattr(model, "peft_config"):
+        raise UserError(f"--model {source} holds adapters: merge them first (esscher export RUN)")
+    return model, tokenizer
+
+
+def _check(model: Any, tokenizer: Any, source: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"--model {source}: the tokenizer has {len(tokenizer)} tokens and the model {rows}: they "
+            "do not belong together (or call model.resize_token_embeddings and save it again)"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"--model {source}: the tokenizer has no end token, so that no completion would ever end: "
+            "set tokenizer.eos_token and save it again"
+        )
+
+
+def _with_adapters(model: Any, config: ModelConfig) -> Any:
+    peft: Any = needed("peft", "model.lora_rank", "language")
+    model.to(getattr(torch, config.dtype))
+    adapters = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    wrapped = peft.get_peft_model(model, adapters)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def _as_list(ids: Any) -> list[int]:
+    return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [int(ids)]
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """The library draws them over our own display."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

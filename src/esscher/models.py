@@ -1,0 +1,91 @@
+"""Small language models of real transformers classes, untrained, for trying things out.
+
+Use them like any other: `--model esscher.models:tiny_llama --model.kwargs layers 4 width 128`.
+`esscher run sft` trains one on your own text in minutes.
+"""
+
+import string
+from typing import Any
+
+import torch
+
+from esscher.adapters.imports import needed
+
+SPECIAL = ["<pad>", "<s>", "</s>"]
+CHAT = (
+    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def tiny_llama(
+    *,
+    layers: int = 2,
+    width: int = 64,
+    heads: int = 4,
+    context: int = 512,
+    characters: str | None = None,
+) -> tuple[Any, Any]:
+    """A Llama with random weights, and a tokenizer of bytes or of given characters.
+
+    Args:
+        layers: transformer layers.
+        width: of the hidden states; the feed-forward layers are 4 times as wide.
+        heads: of attention; they divide the width.
+        context: most tokens of prompt and completion.
+        characters: one token each, nothing else being readable; None: the 256 bytes, so that every
+            text can be written.
+    """
+    transformers: Any = needed("transformers", "a language model", "language")
+    tokenizer = byte_tokenizer() if characters is None else character_tokenizer(characters)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return transformers.LlamaForCausalLM(config).to(torch.float32), tokenizer
+
+
+def byte_tokenizer() -> Any:
+    """Every UTF-8 byte is a token."""
+    tokenizers: Any = needed("tokenizers", "a tokenizer", "language")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *alphabet])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    return _wrapped(inner)
+
+
+def character_tokenizer(characters: str = string.ascii_lowercase) -> Any:
+    """Every one of these characters is a token; others are dropped by it, silently."""
+    tokenizers: Any = needed("tokenizers", "a tokenizer", "language")
+    vocabulary = {
+        token: number for number, token in enumerate([*SPECIAL, *dict.fromkeys(characters)])
+    }
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    inner.decoder = tokenizers.decoders.Fuse()
+    return _wrapped(inner)
+
+
+def _wrapped(inner: Any) -> Any:
+    transformers: Any = needed("transformers", "a tokenizer", "language")
+    pad, begin, end = SPECIAL
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token=pad,
+        bos_token=begin,
+        eos_token=end,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT
+    return tokenizer
