@@ -13,8 +13,7 @@ from safetensors.torch import load as load_tensors
 
 import esscher
 from esscher.adapters.data import load_dataset
-from esscher.experience import Dataset
-from esscher.registry import load_method, recipes
+from esscher.registry import catalogue, load_method, recipes
 from esscher.runtime import checkpoint
 from esscher.runtime import run as runner
 from esscher.runtime.device import Runtime, RuntimeConfig
@@ -29,7 +28,8 @@ def smoke(slug: str, **changes: Any) -> esscher.Experiment:
     stage = experiment.stages[-1]
     env = {k[4:]: changes.pop(k) for k in list(changes) if k.startswith("env_")}
     stage = replace(stage, env=replace(stage.env, **env), steps=changes.pop("steps", stage.steps))
-    defaults = {"log": esscher.LogConfig(every=70, to=()), "runtime": RUNTIME}
+    every = 70 if stage.steps > 70 else 2
+    defaults = {"log": esscher.LogConfig(every=every, to=()), "runtime": RUNTIME}
     return replace(experiment, stages=(stage,), **{**defaults, **changes})
 
 
@@ -96,9 +96,10 @@ def experience_of(run: Path, step: int | None = None) -> Any:
     return store(loaded.method, data)
 
 
-def store(method: Any, data: Dataset | None) -> Any:
+def store(method: Any, data: Any) -> Any:
     """A method's experience, with data for those that read any."""
-    return method.experience() if method.data == "none" else method.experience(data)
+    reads = method.data != "none" or method.world == "language"
+    return method.experience(data) if reads else method.experience()
 
 
 def differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
@@ -135,16 +136,25 @@ def assert_same_run(left: Path, right: Path) -> None:
 
 
 @cache
-def spec_of(slug: str) -> Spec:
+def spec_of(slug: str) -> Any:
     """Of the task of a method's smoke recipe."""
     parts = runner._Parts(smoke(slug))
     parts.close()
     return parts.world.spec
 
 
+def of_world(name: str) -> list[str]:
+    """Slugs of the methods that train a controller, or a language model."""
+    return [slug for slug in catalogue() if load_method(slug).world == name]
+
+
 @cache
-def data_of(slug: str) -> Dataset | None:
+def data_of(slug: str) -> Any:
     """What a method's smoke recipe learns from, if it reads data."""
+    if load_method(slug).world == "language":
+        parts = runner._Parts(smoke(slug))
+        parts.close()
+        return parts.world.text
     source = smoke(slug).stages[-1].data
     return None if source is None else load_dataset(source, spec_of(slug))
 

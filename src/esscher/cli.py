@@ -139,6 +139,8 @@ def _resume(arguments: list[str]) -> int:
 def _eval(arguments: list[str]) -> int:
     """Evaluate the policy of a run: esscher eval RUN."""
     folder = Path(_positional(arguments, "esscher eval RUN [options]", "RUN"))
+    if _trains_language(folder):
+        return _eval_language(folder, arguments)
     options = _parse(EvalOptions, arguments, "esscher eval RUN")
     from esscher.experiment import EvaluationConfig
     from esscher.runtime.evaluate import Evaluator, achieved_by
@@ -173,6 +175,56 @@ def _eval(arguments: list[str]) -> int:
             found = ", ".join(f"{x:.3g}" for x in told["descriptor_mean"])
             print(f"descriptor: {found} on average")
     return 0
+
+
+def _eval_language(folder: Path, arguments: list[str]) -> int:
+    options = _parse(EvalLanguageOptions, arguments, "esscher eval RUN")
+    from esscher.experiment import EvaluationConfig
+    from esscher.runtime.load import evaluate_language
+
+    config = EvaluationConfig(episodes=options.episodes, deterministic=not options.stochastic)
+    loaded, evaluation = evaluate_language(folder, config, step=options.step)
+    if options.json:
+        print(json.dumps(evaluation.to_json() | {"samples": evaluation.samples}))
+        return 0
+    print(
+        f"{loaded.experiment.name} on {loaded.experiment.subject}, checkpoint of step "
+        f"{loaded.step:,}: {evaluation.measure} {evaluation.told} +- {evaluation.spread} over "
+        f"{_count(len(evaluation.returns), 'row')}"
+    )
+    for name, value in evaluation.extras.items():
+        print(f"  {name.removesuffix('_mean').replace('_', ' ')}: {value:,.4g}")
+    return 0
+
+
+def _sample(arguments: list[str]) -> int:
+    """Let the language model of a run write: esscher sample RUN --prompt TEXT."""
+    folder = Path(_positional(arguments, "esscher sample RUN --prompt TEXT", "RUN"))
+    options = _parse(_sample_options(), arguments, "esscher sample RUN")
+    if not _trains_language(folder):
+        raise UserError(
+            f"{folder} trained a controller: esscher eval {folder} plays episodes with it"
+        )
+    from esscher.runtime.load import load
+
+    prompts: list[Any] = list(options.prompt) * options.count
+    if not prompts:
+        raise UserError("sample needs something to go on from: --prompt TEXT")
+    if options.chat:
+        prompts = [[{"role": "user", "content": text}] for text in prompts]
+    written = load(folder, step=options.step).policy.complete(
+        prompts, seed=options.seed, decoding=options.decoding
+    )
+    for prompt, completion in zip(list(options.prompt) * options.count, written, strict=True):
+        told = {"prompt": prompt, "completion": completion}
+        print(json.dumps(told) if options.json else f"{prompt}{completion}\n")
+    return 0
+
+
+def _trains_language(folder: Path) -> bool:
+    from esscher.runtime.run import read_experiment
+
+    return _world(read_experiment(folder).slug) == "language"
 
 
 def _policy_of(loaded: Any, options: Any) -> Any:
@@ -221,24 +273,34 @@ def _compare(arguments: list[str]) -> int:
     slugs = []
     while arguments and not arguments[0].startswith("-"):
         slugs.append(arguments.pop(0))
-    options = _parse(_compare_options(), arguments, "esscher compare SLUG SLUG ...")
+    if slugs and _world(slugs[0]) == "language":
+        kind = _compare_writers_options()
+        own = {f.name: (f.type,) for f in dataclasses.fields(kind)}
+        arguments = _in_full(arguments, own)
+    else:
+        kind = _compare_options()
+    options = _parse(kind, arguments, "esscher compare SLUG SLUG ...")
     if not slugs:
         raise UserError("compare needs methods: esscher compare sac ppo --env.id Pendulum-v1")
+    from esscher.experiment import Stage
     from esscher.runtime.sweep import comparison, sweep
 
+    names = ("env", "model", "text", "data", "steps")
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    footing = {}
+    if not options.as_published:
+        names = ("hidden", "updates_per_step", "batch_size")
+        footing = {name: getattr(options, name) for name in names if hasattr(options, name)}
     experiments = comparison(
         slugs,
-        env=options.env,
-        data=options.data,
-        steps=options.steps,
+        stage=Stage(**given),
         seeds=_seeds(options.seeds, options.seed),
-        hidden=None if options.as_published else options.hidden,
-        updates_per_step=None if options.as_published else options.updates_per_step,
+        **footing,
         evaluation=options.evaluation,
         runtime=options.runtime,
         log=options.log,
     )
-    task = options.env.id.replace("/", "_").replace(":", "_")
+    task = experiments[0].subject.replace("/", "_").replace(":", "_")
     root = options.directory or Path("runs") / f"compare_{task}"
     return _sweep_and_report(experiments, root, options, sweep)
 
@@ -262,11 +324,25 @@ def _report(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
-    """Hand a trained policy to another tool: esscher export RUN --to onnx."""
-    folder = Path(_positional(arguments, "esscher export RUN --to onnx", "RUN"))
+    """Hand a trained policy to another tool: esscher export RUN --to onnx|transformers."""
+    folder = Path(_positional(arguments, "esscher export RUN --to onnx|transformers", "RUN"))
     options = _parse(ExportOptions, arguments, "esscher export RUN")
     from esscher.runtime.load import load
 
+    language = _trains_language(folder)
+    if options.to is not None and language != (options.to == "transformers"):
+        kind, other = ("language model", "transformers") if language else ("controller", "onnx")
+        raise UserError(f"{folder} trained a {kind}: --to {other}")
+    if language:
+        from esscher.adapters.models import save_model
+
+        out = options.out or folder / "exported"
+        if out.exists():
+            raise UserError(f"{out} exists: choose another --out")
+        writer = load(folder, step=options.step).policy
+        save_model(writer.policy, writer.tokenizer, out, merged=True)
+        print(f"exported: {out} (AutoModelForCausalLM.from_pretrained opens it)")
+        return 0
     out = options.out or folder / "policy.onnx"
     try:
         _policy_of(load(folder, step=options.step), options).to_onnx(out)
@@ -370,6 +446,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "run": _run,
     "resume": _resume,
     "eval": _eval,
+    "sample": _sample,
     "prove": _prove,
     "sweep": _sweep,
     "compare": _compare,
@@ -426,11 +503,24 @@ class EvalOptions:
 
 
 @dataclass
+class EvalLanguageOptions:
+    episodes: int = 32
+    """Rows to judge, of those held out."""
+    step: int | None = None
+    """Checkpoint to judge; by default the newest."""
+    stochastic: bool = False
+    """Where completions are rewarded: sample them instead of taking the likeliest tokens."""
+    json: bool = False
+    """Print one JSON object, samples included, for scripts."""
+
+
+@dataclass
 class ExportOptions:
-    to: Literal["onnx"] = "onnx"
-    """Format."""
+    to: Literal["onnx", "transformers"] | None = None
+    """Format: onnx, of controllers; transformers, of language models, with adapters merged in. By
+    default whichever fits the run."""
     out: Path | None = None
-    """File; by default policy.onnx in the run folder."""
+    """File or folder; by default policy.onnx or exported/ in the run folder."""
     step: int | None = None
     """Checkpoint; by default the newest."""
     descriptor: tuple[float, ...] | None = None
@@ -530,43 +620,101 @@ def _collect_options() -> type:
     return CollectOptions
 
 
+@dataclass(kw_only=True)
+class ManyRuns:
+    """What all comparisons share."""
+
+    seeds: int = 3
+    """Number of seeds, counted from --seed."""
+    seed: int = 0
+    """First seed."""
+    as_published: bool = False
+    """Keep each method's own settings where they are made equal otherwise."""
+    directory: Path | None = None
+    """Folder of the runs; the same command again resumes what is unfinished."""
+    engine: Literal["processes", "ray"] = "processes"
+    """Plain processes of this machine, or Ray."""
+    address: str | None = None
+    """Of a Ray cluster."""
+    workers: int = 0
+    """Runs at a time; 0: processors divided by threads a run."""
+    retries: int = 1
+    """How often a failed run is resumed."""
+
+
+def _sample_options() -> type:
+    from esscher.samplers.decoding import Decoding
+
+    @dataclass
+    class SampleOptions:
+        prompt: tuple[str, ...] = ()
+        """What to go on from; several are written at once."""
+        chat: bool = False
+        """Ask as a user in the tokenizer's chat template."""
+        count: int = 1
+        """Completions of each prompt."""
+        seed: int = 0
+        """Decides every draw."""
+        decoding: Decoding = field(default_factory=Decoding)
+        step: int | None = None
+        """Checkpoint; by default the newest."""
+        json: bool = False
+        """Print JSON objects, one a line."""
+
+    return SampleOptions
+
+
 def _compare_options() -> type:
     from esscher.experiment import EnvConfig, EvaluationConfig, LogConfig
     from esscher.runtime.device import RuntimeConfig
 
-    @dataclass
-    class CompareOptions:
+    @dataclass(kw_only=True)
+    class CompareOptions(ManyRuns):
         env: EnvConfig = field(default_factory=EnvConfig)
         """The task."""
         data: str | None = None
         """Logged steps for the methods among them that read any."""
         steps: int = 100_000
         """Environment steps of each run; updates, where a method learns from data alone."""
-        seeds: int = 3
-        """Number of seeds, counted from --seed."""
-        seed: int = 0
-        """First seed."""
         hidden: tuple[int, ...] = (256, 256)
         """Hidden layers of every network of every method."""
         updates_per_step: float = 1.0
         """Updates per environment step of every off-policy method."""
-        as_published: bool = False
-        """Keep each method's own network and update ratio instead of the two above."""
         evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
         runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(threads=1))
         log: LogConfig = field(default_factory=LogConfig)
-        directory: Path | None = None
-        """Folder of the runs; the same command again resumes what is unfinished."""
-        engine: Literal["processes", "ray"] = "processes"
-        """Plain processes of this machine, or Ray."""
-        address: str | None = None
-        """Of a Ray cluster."""
-        workers: int = 0
-        """Runs at a time; 0: processors divided by threads a run."""
-        retries: int = 1
-        """How often a failed run is resumed."""
 
     return CompareOptions
+
+
+def _compare_writers_options() -> type:
+    from esscher.experiment import EvaluationConfig, LogConfig, ModelConfig, TextConfig
+    from esscher.runtime.device import RuntimeConfig
+
+    @dataclass(kw_only=True)
+    class CompareOptions(ManyRuns):
+        model: ModelConfig = field(default_factory=ModelConfig)
+        """What every method begins with."""
+        text: TextConfig = field(default_factory=TextConfig)
+        data: str | None = None
+        """Rows of text."""
+        steps: int = 1_000
+        """Updates, or iterations of writing and learning."""
+        batch_size: int = 32
+        """Rows an update of every method."""
+        evaluation: EvaluationConfig = field(
+            default_factory=lambda: EvaluationConfig(every=100, episodes=32)
+        )
+        runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(threads=1))
+        log: LogConfig = field(default_factory=lambda: LogConfig(every=10))
+
+    return CompareOptions
+
+
+def _world(slug: str) -> str:
+    from esscher.registry import load_method
+
+    return load_method(slug).world
 
 
 def _experiment_options(
@@ -574,7 +722,7 @@ def _experiment_options(
 ) -> tuple["Experiment", Any]:
     """Flags for every field of an experiment, with the recipe's values as defaults."""
     from esscher.experiment import Experiment, Stage
-    from esscher.registry import load_module, recipes
+    from esscher.registry import load_method, load_module, recipes
 
     slug, _, recipe = target.partition(":")
     module = load_module(slug)
@@ -586,8 +734,10 @@ def _experiment_options(
     else:
         default = Experiment.of(module.Config())
     stage = default.stages[-1]
+    language = load_method(slug).world == "language"
+    parts = ("model", "text") if language else ("env",)
     values = {
-        "env": (type(stage.env), stage.env),
+        **{part: (type(getattr(stage, part)), getattr(stage, part)) for part in parts},
         "data": (str | None, stage.data),
         "steps": (int, stage.steps),
         "seed": (int, default.seed),
@@ -598,10 +748,14 @@ def _experiment_options(
         },
         "label": (str | None, default.label),
     }
+    steps = "Updates, or iterations of writing and learning."
     helps = {
-        "data": "Logged steps to learn from: minari:NAME, FILE.hdf5 (D4RL), FOLDER of .npz, or "
+        "data": "Rows of text: FILE.jsonl, FILE.parquet, a FOLDER saved by datasets, a Hugging Face "
+        "name, or module:function."
+        if language
+        else "Logged steps to learn from: minari:NAME, FILE.hdf5 (D4RL), FOLDER of .npz, or "
         "module:function.",
-        "steps": "Environment steps, counted over all parallel copies.",
+        "steps": steps if language else "Environment steps, counted over all parallel copies.",
         "seed": "Decides every random number of the run.",
         "label": "Name in reports, for telling variants apart.",
     }
@@ -617,12 +771,13 @@ def _experiment_options(
     ]
     options_type = dataclasses.make_dataclass("Options", fields, bases=(extras,), kw_only=True)
     options_type.__doc__ = module.PAPER.title + ". " + module.PAPER.purpose
-    options = _parse(options_type, arguments, program)
+    options = _parse(options_type, _in_full(arguments, values), program)
+    given = {part: getattr(options, part) for part in parts}
     experiment = Experiment(
         method=options.method,
         stages=(
             *default.stages[:-1],
-            Stage(env=options.env, data=options.data, steps=options.steps),
+            Stage(**given, data=options.data, steps=options.steps),
         ),
         seed=options.seed,
         evaluation=options.evaluation,
@@ -632,6 +787,31 @@ def _experiment_options(
         label=options.label,
     )
     return experiment, options
+
+
+def _in_full(arguments: list[str], values: dict[str, Any]) -> list[str]:
+    """Short options as long ones: --model X is --model.source X, --beta is --method.beta."""
+    groups = {
+        name: {f.name for f in dataclasses.fields(values[name][0])}
+        for name in ("method", "text", "model")
+        if name in values
+    }
+    full = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        name = flag[2:].replace("-", "_")
+        owners = [group for group, names in groups.items() if name in names]
+        if flag == "--model" and "model" in groups:
+            flag = "--model.source"
+        elif (
+            flag.startswith("--")
+            and name not in values
+            and name != "directory"
+            and len(owners) == 1
+        ):
+            flag = f"--{owners[0]}.{flag[2:]}"
+        full.append(flag + equals + value)
+    return full
 
 
 def _parse(options: Any, arguments: list[str], program: str) -> Any:
@@ -678,9 +858,12 @@ def _finish_run(start: Callable[[], Any]) -> int:
 
     page = write_report([result.directory], result.directory / "report.html")
     evaluation = result.evaluation
+    model = result.directory / "model"
     print(
-        f"{result.slug}: return {evaluation.mean:,.1f} +- {evaluation.std:,.1f} after "
-        f"{result.steps:,} steps and {result.seconds:,.0f} s\nrun: {result.directory}\nreport: {page}"
+        f"{result.slug}: {evaluation.measure} {evaluation.told} +- {evaluation.spread} after "
+        f"{result.steps:,} steps and {result.seconds:,.0f} s\nrun: {result.directory}"
+        + (f"\nmodel: {model}" if model.exists() else "")
+        + f"\nreport: {page}"
     )
     return 0
 

@@ -45,6 +45,11 @@ def sums_asked() -> list[dict[str, str]]:
     return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in _sums(1_000, 3)]
 
 
+def empty_prompts() -> list[dict[str, str]]:
+    """64 times nothing, to write without being asked: the model starts from its begin token."""
+    return [{"prompt": ""}] * 64
+
+
 def _sums(count: int, seed: int) -> list[tuple[int, int]]:
     pairs = np.random.default_rng(seed).integers(0, 100, (count, 2))
     return [(int(a), int(b)) for a, b in pairs]

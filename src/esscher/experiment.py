@@ -83,6 +83,17 @@ class TextConfig:
     """module:function that scores completions: see docs/rewards.md."""
     reward_seconds: float = 10.0
     """Time for the reward of one completion, > 0; one that takes longer counts as failed."""
+    game: str | None = None
+    """What is talked with for several turns: textworld:FILE, textarena:NAME, or module:function for
+    your own (returns an object with reset and step, see esscher/adapters/text_envs.py)."""
+    game_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Passed to the game: --text.game-kwargs doors 4."""
+    history: Literal["transcript", "chat", "observation"] = "transcript"
+    """What the model is shown at each turn of a game: the dialogue so far, as lines or as messages
+    for the tokenizer's chat template, or the last observation alone. What is too long loses its
+    beginning."""
+    max_turns: int = 20
+    """A game is cut after this many turns, >= 1."""
 
     def __post_init__(self) -> None:
         require("text.max_length", self.max_length, self.max_length >= 2, ">= 2")
@@ -90,6 +101,7 @@ class TextConfig:
         require("text.held_out_share", share, 0 <= share <= 0.9, "in [0, 0.9]")
         require("text.task_size", self.task_size, self.task_size >= 2, ">= 2")
         require("text.reward_seconds", self.reward_seconds, self.reward_seconds > 0, "> 0")
+        require("text.max_turns", self.max_turns, self.max_turns >= 1, ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +269,7 @@ class Experiment:
         stage = self.stages[-1]
         if load_method(self.slug).world == "control":
             return stage.env.id
-        source = stage.text.task or stage.data or "text"
+        source = stage.text.game or stage.text.task or stage.data or "text"
         return Path(source).name if Path(source).is_absolute() else source
 
     def resolved(self) -> "Experiment":
@@ -286,7 +298,10 @@ class Experiment:
             )
         width = 1024 if language else max(getattr(self.method, "hidden", ()), default=0)
         stages = tuple(_with_whole_paths(stage) for stage in self.stages)
-        return replace(self, stages=stages, runtime=self.runtime.resolve(steps, width))
+        # A method may have settings of its own that name files.
+        method = self.method.resolved() if hasattr(self.method, "resolved") else self.method
+        runtime = self.runtime.resolve(steps, width)
+        return replace(self, method=method, stages=stages, runtime=runtime)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the slug and the version that can read it."""
@@ -319,6 +334,15 @@ def _check_language(slug: str, kind: Any, stage: Stage) -> None:
             f"{slug} needs a language model: give --model FOLDER, a Hugging Face name or "
             "module:function (esscher.models:tiny_llama makes a small one)"
         )
+    if kind.loop == "converse" and stage.text.game is None:
+        raise UserError(
+            f"{slug} talks with a game: give --text.game textworld:FILE, textarena:NAME or "
+            "module:function (esscher.text_envs:Doors is a small one)"
+        )
+    if kind.loop != "converse" and stage.text.game is not None:
+        raise UserError(f"{slug} writes one completion of each prompt: leave out --text.game")
+    if kind.loop == "converse":
+        return
     if stage.data is not None and stage.text.task is not None:
         raise UserError("--data and --task exclude each other: both say what the prompts are")
     if stage.data is None and stage.text.task is None:
@@ -334,13 +358,14 @@ def _check_language(slug: str, kind: Any, stage: Stage) -> None:
 def _with_whole_paths(stage: Stage) -> Stage:
     return replace(
         stage,
-        data=_whole_path(stage.data),
-        model=replace(stage.model, source=_whole_path(stage.model.source)),
-        text=replace(stage.text, held_out=_whole_path(stage.text.held_out)),
+        data=whole_path(stage.data),
+        model=replace(stage.model, source=whole_path(stage.model.source)),
+        text=replace(stage.text, held_out=whole_path(stage.text.held_out)),
     )
 
 
-def _whole_path(data: str | None) -> str | None:
+def whole_path(data: str | None) -> str | None:
+    """That of a file or folder that is there; any other name as it is."""
     path = None if data is None else Path(data).expanduser()
     return str(path.absolute()) if path is not None and path.exists() else data
 

@@ -49,9 +49,10 @@ class Method(Stateful):
 
     world: ClassVar[Literal["control", "language"]] = "control"
     """What is trained: a controller of environments, or a language model."""
-    loop: ClassVar[Literal["online", "offline", "evolve", "generate"]] = "online"
+    loop: ClassVar[Literal["online", "offline", "evolve", "generate", "converse"]] = "online"
     """offline: nothing but logged data, and the task serves only to judge the policy; evolve: a
-    population, judged by whole episodes; generate: completions of prompts, judged by a reward."""
+    population, judged by whole episodes; generate: completions of prompts, judged by a reward;
+    converse: whole dialogues with a game."""
     rows: ClassVar[Literal["pairs", "demonstrations", "prompts"]] = "demonstrations"
     """Of a language method: what each row of its text holds."""
     data: ClassVar[Literal["none", "optional", "required"]] = "none"
@@ -152,6 +153,26 @@ class Proposer(Learning, Protocol):
         ...
 
     def update(self, batch: Scored, step: int) -> Metrics: ...
+
+
+class Converser(Learning, Protocol):
+    """A method that the converse loop can train: it talks with a game for several turns."""
+
+    decoding: Any
+    """How it writes; its `max_new_tokens` is the longest utterance."""
+
+    @property
+    def num_episodes(self) -> int:
+        """Played in each iteration; 0: none, it learns from what it was given."""
+        ...
+
+    def propose(self, prompts: Prompts, step: int) -> Completions:
+        """An utterance for each prompt."""
+        ...
+
+    def update(self, batch: Any, step: int) -> Metrics:
+        """Learn from the experience, to which the new episodes have been added."""
+        ...
 
 
 class Control(Learning, Actor, Protocol):

@@ -15,9 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from esscher.registry import catalogue
 from esscher.runtime.device import RuntimeConfig, compiler_available
-from support import parts_after, smoke
+from support import of_world, parts_after, smoke
 
 UPDATES = 2
 compile_ = torch.compile
@@ -52,7 +51,7 @@ def compare(slug: str, backend: str, precision: str = "float32") -> dict[str, An
 if __name__ == "__main__":
     torch.set_num_threads(1)
     wanted = sys.argv[1:]
-    found = {} if wanted else {slug: compare(slug, "aot_eager") for slug in catalogue()}
+    found = {} if wanted else {slug: compare(slug, "aot_eager") for slug in of_world("control")}
     if not wanted:
         found["bfloat16 sac"] = compare("sac", "aot_eager", "bfloat16")
     if compiler_available("cpu"):

@@ -19,6 +19,7 @@ from esscher.adapters.imports import needed, users_own
 from esscher.distributions.autoregressive import LanguageModel
 from esscher.errors import UserError
 from esscher.experiment import ModelConfig
+from esscher.runtime.rng import Phase, seed_phase
 
 
 def load_model(config: ModelConfig, device: torch.device) -> tuple[LanguageModel, Any]:
@@ -40,14 +41,65 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[LanguageModel
         model.to(torch.float32).requires_grad_(True)
     model.to(device).train()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    end = tokenizer.eos_token_id
-    ends = {end, *_as_list(getattr(model.generation_config, "eos_token_id", None))}
-    pad = tokenizer.pad_token_id
-    # Padding is masked wherever it is read, so that any token can stand for it.
-    policy = LanguageModel(model, end_tokens=sorted(ends), pad_token=end if pad is None else pad)
+        _checkpoint_activations(model)
+    policy = _wrapped(model, tokenizer)
+    policy.frozen_dtype = getattr(torch, config.dtype)
     return policy, tokenizer
+
+
+def frozen_model(source: str, device: torch.device, setting: str) -> tuple[LanguageModel, Any]:
+    """A model that is only ever asked, in the precision of its file, and its tokenizer.
+
+    Args:
+        source: as of a ModelConfig, or an earlier run's RUN/model with its adapters, which are
+            merged. A function that draws weights draws them from one fixed seed.
+        device: where to put it.
+        setting: that named it, for messages.
+
+    Raises:
+        UserError: as `load_model` does.
+    """
+    if ":" in source and not Path(source).exists():
+        with torch.random.fork_rng():
+            seed_phase(0, 0, Phase.INITIALISE)
+            model, tokenizer = users_own(source, setting)()
+    elif (Path(source) / "adapter_config.json").exists():
+        model, tokenizer = _merged(source, setting)
+    else:
+        model, tokenizer = _pretrained(source, setting)
+    _check(model, tokenizer, source, setting)
+    return _wrapped(model.requires_grad_(False).to(device).eval(), tokenizer), tokenizer
+
+
+def load_encoder(source: str, device: torch.device, setting: str) -> tuple[nn.Module, Any]:
+    """A network that turns text into states, to be trained, and its tokenizer.
+
+    Args:
+        source: a folder or Hugging Face name that transformers' AutoModel opens, or module:function
+            for your own (returns both).
+        device: where to put it.
+        setting: that named it, for messages.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    transformers: Any = needed("transformers", source, "language")
+    if ":" in source and not Path(source).exists():
+        model, tokenizer = users_own(source, setting)()
+    else:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            with _no_progress_bars():
+                model = transformers.AutoModel.from_pretrained(
+                    source, dtype="float32", use_safetensors=True
+                )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise UserError(
+                f"{setting} {source} cannot be read: {str(error).strip().splitlines()[0]} (a folder "
+                "with config.json, tokenizer and *.safetensors, a Hugging Face name, or "
+                "module:function)"
+            ) from error
+    return model.to(torch.float32).requires_grad_(True).to(device), tokenizer
 
 
 def save_model(
@@ -86,8 +138,34 @@ def digest_of(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _pretrained(source: str) -> tuple[Any, Any]:
+def _wrapped(model: Any, tokenizer: Any) -> LanguageModel:
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends = {end, *_as_list(getattr(model.generation_config, "eos_token_id", None))}
+    # Padding is masked wherever it is read, so that any token can stand for it.
+    return LanguageModel(model, end_tokens=sorted(ends), pad_token=end if pad is None else pad)
+
+
+def _merged(source: str, setting: str) -> tuple[Any, Any]:
+    """A folder of adapters, written into the weights that they change."""
     transformers: Any = needed("transformers", source, "language")
+    peft: Any = needed("peft", source, "language")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        with _no_progress_bars():
+            model = peft.AutoPeftModelForCausalLM.from_pretrained(source, dtype="auto")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"{setting} {source} holds adapters, and the model that they change cannot be read: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    return model.merge_and_unload(), tokenizer
+
+
+def _pretrained(source: str, setting: str = "--model") -> tuple[Any, Any]:
+    transformers: Any = needed("transformers", source, "language")
+    looks_like_a_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_like_a_path and not Path(source).is_dir():
+        raise UserError(f"{setting} {source}: there is no such folder")
     try:
         with _no_progress_bars():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -96,24 +174,24 @@ def _pretrained(source: str) -> tuple[Any, Any]:
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
-            f"--model {source} cannot be read: {str(error).strip().splitlines()[0]} (a folder with "
+            f"{setting} {source} cannot be read: {str(error).strip().splitlines()[0]} (a folder with "
             "config.json, tokenizer and *.safetensors, a Hugging Face name, or module:function)"
         ) from error
     if hasattr(model, "peft_config"):
-        raise UserError(f"--model {source} holds adapters: merge them first (esscher export RUN)")
+        raise UserError(f"{setting} {source} holds adapters: merge them first (esscher export RUN)")
     return model, tokenizer
 
 
-def _check(model: Any, tokenizer: Any, source: str) -> None:
+def _check(model: Any, tokenizer: Any, source: str, setting: str = "--model") -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
-            f"--model {source}: the tokenizer has {len(tokenizer)} tokens and the model {rows}: they "
+            f"{setting} {source}: the tokenizer has {len(tokenizer)} tokens and the model {rows}: they "
             "do not belong together (or call model.resize_token_embeddings and save it again)"
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"--model {source}: the tokenizer has no end token, so that no completion would ever end: "
+            f"{setting} {source}: the tokenizer has no end token, so that no completion would ever end: "
             "set tokenizer.eos_token and save it again"
         )
 
@@ -137,6 +215,15 @@ def _with_adapters(model: Any, config: ModelConfig) -> Any:
 
 def _as_list(ids: Any) -> list[int]:
     return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [int(ids)]
+
+
+def _checkpoint_activations(model: Any) -> None:
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers has renamed it.
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.enable_input_require_grads()
 
 
 @contextmanager

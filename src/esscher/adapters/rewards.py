@@ -6,12 +6,15 @@ raises, takes too long or is not finite is shown, and its row is no evidence: ne
 """
 
 import json
+import os
 import pickle
 import selectors
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -72,16 +75,20 @@ class RewardJudge:
             rows: by default those of training.
         """
         rows = self._rows if rows is None else rows
-        of_group = prompts.row.tolist()
+        of_group, decode = prompts.row.tolist(), self._tokenizer.decode
+        # All at once, so that a device is waited for a few times and not for every row.
+        columns = (
+            completions.tokens,
+            completions.prompt_mask,
+            completions.completion_mask,
+            completions.group,
+        )
         items: list[Item] = []
-        for number, group in enumerate(completions.group.tolist()):
-            tokens = completions.tokens[number]
-            asked, written = completions.prompt_mask[number], completions.completion_mask[number]
-            texts = (
-                self._tokenizer.decode(tokens[part].tolist(), skip_special_tokens=True)
+        for tokens, asked, written, group in zip(*(x.tolist() for x in columns), strict=True):
+            prompt, completion = (
+                decode(list(compress(tokens, part)), skip_special_tokens=True)
                 for part in (asked, written)
             )
-            prompt, completion = texts
             items.append((prompt, completion, rows[of_group[group]]))
         return _scored(completions, self._answers(items))
 
@@ -117,6 +124,7 @@ class _Worker:
             stdout=subprocess.PIPE,
         )
         self._selector = selectors.DefaultSelector()
+        self._unread = b""
         assert self._process.stdout is not None
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
         hello = self.answer(START_SECONDS)
@@ -136,10 +144,17 @@ class _Worker:
     def answer(self, seconds: float) -> dict[str, Any] | None:
         """The next answer; None if it takes longer than this, or never comes."""
         assert self._process.stdout is not None
-        if not self._selector.select(seconds):
-            return None
-        line = self._process.stdout.readline()
-        return json.loads(line) if line.endswith(b"\n") else None
+        until = time.monotonic() + seconds
+        # Lines that came together are kept here: the selector knows only of what is in the pipe.
+        while b"\n" not in self._unread:
+            if not self._selector.select(max(0.0, until - time.monotonic())):
+                return None
+            piece = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not piece:
+                return None
+            self._unread += piece
+        line, _, self._unread = self._unread.partition(b"\n")
+        return json.loads(line)
 
     def ended(self, seconds: float) -> str:
         """Why an answer did not come; ends the process."""

@@ -22,7 +22,8 @@ from esscher.functional.sequences import (
     token_log_probs,
     token_log_probs_and_entropy,
 )
-from esscher.samplers.decoding import Decoding, decoding_log_probs, draw, uniforms
+from esscher.samplers.decoding import Decoding
+from esscher.samplers.generation import complete
 from esscher.types import Completions
 
 
@@ -49,16 +50,25 @@ class LanguageModel(nn.Module):
         model: an AutoModelForCausalLM, or one with adapters of peft around it.
         end_tokens: any of them ends a completion, and counts as a part of it.
         pad_token: fills up rows; never scored.
+        frozen_dtype: of copies that are not trained.
 
     Raises:
         UserError: the model's logits are not its last hidden states times its output matrix.
     """
 
-    def __init__(self, model: nn.Module, *, end_tokens: Sequence[int], pad_token: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        end_tokens: Sequence[int],
+        pad_token: int,
+        frozen_dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.model: Any = model
         self.end_tokens, self.pad_token = tuple(end_tokens), pad_token
         self._adapters_off = self._no_gradient = False
+        self.frozen_dtype = frozen_dtype
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -71,14 +81,15 @@ class LanguageModel(nn.Module):
     def frozen(self) -> "LanguageModel":
         """This model as it is now (that is: before training), without gradients.
 
-        With adapters it shares all weights and switches the adapters off; else it is a copy.
+        With adapters it shares all weights and switches the adapters off; else it is a copy, in
+        `frozen_dtype`.
         """
         twin = copy.copy(self)
         twin._modules = dict(self._modules)
         if hasattr(self.model, "peft_config"):
             twin._adapters_off = True
         else:
-            twin.model = copy.deepcopy(self.model).requires_grad_(False)
+            twin.model = copy.deepcopy(self.model).requires_grad_(False).to(self.frozen_dtype)
             twin.model.eval()
         twin._no_gradient = True
         return twin
@@ -127,6 +138,8 @@ class LanguageModel(nn.Module):
         tokens: Int[Tensor, "b t"],
         token_mask: Bool[Tensor, "b t"],
         completion_mask: Bool[Tensor, "b t"],
+        *,
+        temperature: float = 1.0,
     ) -> Float[Tensor, "b t"]:
         """Log-probability, in nats, of each token of the completions given all before it; else 0.
 
@@ -134,13 +147,21 @@ class LanguageModel(nn.Module):
             tokens: prompts and completions; padding on either side.
             token_mask: what is no padding.
             completion_mask: what is scored; never the first token.
+            temperature: logits are divided by this, > 0.
 
         Gradient: to the model's parameters.
         """
         with self._as_configured():
             hidden = self._hidden(tokens, token_mask)
             head, (targets, mask) = self.head, shifted(tokens, completion_mask)
-            logp = token_log_probs(hidden[:, :-1], head.weight, targets, mask, bias=head.bias)
+            logp = token_log_probs(
+                hidden[:, :-1],
+                head.weight,
+                targets,
+                mask,
+                bias=head.bias,
+                temperature=temperature,
+            )
         return nn.functional.pad(logp, (1, 0))
 
     def log_prob_and_entropy(
@@ -148,6 +169,8 @@ class LanguageModel(nn.Module):
         tokens: Int[Tensor, "b t"],
         token_mask: Bool[Tensor, "b t"],
         completion_mask: Bool[Tensor, "b t"],
+        *,
+        temperature: float = 1.0,
     ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t"]]:
         """`log_prob`, and the entropy of the distribution that each token was drawn from, nats.
 
@@ -157,10 +180,25 @@ class LanguageModel(nn.Module):
             hidden = self._hidden(tokens, token_mask)
             head, (targets, mask) = self.head, shifted(tokens, completion_mask)
             found = token_log_probs_and_entropy(
-                hidden[:, :-1], head.weight, targets, mask, bias=head.bias
+                hidden[:, :-1],
+                head.weight,
+                targets,
+                mask,
+                bias=head.bias,
+                temperature=temperature,
             )
         logp, entropy = (nn.functional.pad(x, (1, 0)) for x in found)
         return logp, entropy
+
+    def hidden(
+        self, tokens: Int[Tensor, "b t"], token_mask: Bool[Tensor, "b t"]
+    ) -> Float[Tensor, "b t d"]:
+        """Last hidden states, for a head of one's own.
+
+        Gradient: to the model's parameters.
+        """
+        with self._as_configured():
+            return self._hidden(tokens, token_mask)
 
     def next_logits(
         self, tokens: Int[Tensor, "b t"], mask: Bool[Tensor, "b s"], cache: Any = None
@@ -175,7 +213,6 @@ class LanguageModel(nn.Module):
             output = self._step(tokens, mask, cache)
         return output.logits[:, -1], getattr(output, self._cache_name)
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Int[Tensor, "p t"],
@@ -196,50 +233,27 @@ class LanguageModel(nn.Module):
             UserError: prompts and completions do not fit the model's context, a prompt is empty, or
                 the seeds cannot be shared equally among the prompts.
         """
-        copies = self._check_prompts(prompts, prompt_mask, len(seeds), decoding)
-        device, count, limit = prompts.device, len(seeds), decoding.max_new_tokens
-        uniform = uniforms(seeds, limit).to(device)
-        tokens = torch.full((count, limit), self.pad_token, device=device)
-        logp = torch.zeros(count, limit, device=device)
-        length = torch.zeros(count, dtype=torch.long, device=device)
-        finished = torch.zeros(count, dtype=torch.bool, device=device)
-        ends = torch.tensor(self.end_tokens, device=device)
-        rows = torch.arange(count, device=device)
-        mask = prompt_mask
-        logits, cache = self.next_logits(prompts, mask)
-        cache.batch_repeat_interleave(copies)
-        logits = logits.repeat_interleave(copies, 0)
-        mask = mask.repeat_interleave(copies, 0)
-        for position in range(limit):
-            distribution = decoding_log_probs(logits, decoding)
-            token = draw(distribution, uniform[rows, position])
-            tokens[rows, position] = token
-            logp[rows, position] = distribution.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-            length[rows] = position + 1
-            ended = torch.isin(token, ends)
-            finished[rows] = ended
-            if position + 1 == limit:
-                break
-            if ended.any():
-                going = (~ended).nonzero().squeeze(-1)
-                if len(going) == 0:
-                    break
-                rows, token, mask = rows[going], token[going], mask[going]
-                cache.batch_select_indices(going)
-            mask = nn.functional.pad(mask, (0, 1), value=True)
-            logits, cache = self.next_logits(token.unsqueeze(-1), mask, cache)
-        longest = int(length.max())
-        completion = torch.arange(longest, device=device) < length.unsqueeze(-1)
-        return Completions(
-            tokens=torch.cat([prompts.repeat_interleave(copies, 0), tokens[:, :longest]], 1),
-            prompt_mask=nn.functional.pad(
-                prompt_mask.repeat_interleave(copies, 0), (0, longest), value=False
-            ),
-            completion_mask=nn.functional.pad(completion, (prompts.shape[1], 0), value=False),
-            logp=nn.functional.pad(logp[:, :longest], (prompts.shape[1], 0)),
-            group=torch.arange(len(prompts), device=device).repeat_interleave(copies),
-            finished=finished,
-        )
+        with self._writing():
+            return complete(
+                self.next_logits,
+                prompts,
+                prompt_mask,
+                seeds,
+                decoding,
+                end_tokens=self.end_tokens,
+                pad_token=self.pad_token,
+                context_length=self.context_length,
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A model that recomputes activations keeps no cache while it is in training mode."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
 
     def _as_configured(self) -> AbstractContextManager[Any]:
         if self._adapters_off:
@@ -264,21 +278,6 @@ class LanguageModel(nn.Module):
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
             options["position_ids"] = positions[:, -tokens.shape[1] :]
         return options
-
-    def _check_prompts(self, prompts: Tensor, mask: Tensor, count: int, decoding: Decoding) -> int:
-        copies, rest = divmod(count, len(prompts))
-        if copies == 0 or rest:
-            raise UserError(f"seeds must be a multiple of the {len(prompts)} prompts, got {count}")
-        if not bool(mask.any(-1).all()):
-            row = int((~mask.any(-1)).nonzero()[0])
-            raise UserError(f"prompt {row} is empty: give it at least a beginning-of-text token")
-        longest, limit = int(mask.sum(-1).max()), self.context_length
-        if limit is not None and longest + decoding.max_new_tokens > limit:
-            raise UserError(
-                f"a prompt of {longest} tokens and max_new_tokens {decoding.max_new_tokens} exceed "
-                f"the model's context of {limit}: shorten the prompt, or lower max_new_tokens"
-            )
-        return copies
 
     @torch.no_grad()
     def _check_head(self) -> None:

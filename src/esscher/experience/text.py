@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from esscher.errors import UserError
 from esscher.runtime.rng import Phase, numpy_generator
 from esscher.types import Demonstrations, Pairs, Prompts, Record, Tokens
 
@@ -39,6 +40,9 @@ class Batches(Generic[AnyRecord]):
         text: where the rows come from.
         collate: makes a record of (row numbers, rows, pad token).
         batch_size: rows a batch, over all processes.
+
+    Raises:
+        UserError: a batch would hold a row twice.
     """
 
     def __init__(
@@ -47,6 +51,11 @@ class Batches(Generic[AnyRecord]):
         collate: Callable[[Sequence[int], Sequence[Any], int], AnyRecord],
         batch_size: int,
     ):
+        if batch_size > len(text.train):
+            raise UserError(
+                f"batch_size {batch_size} exceeds the {len(text.train)} rows of {text.name} that are "
+                "learned from: lower --method.batch-size, or --text.held-out-share"
+            )
         self.text, self.batch_size = text, batch_size
         self._collate = collate
         self._epoch, self._order = -1, None

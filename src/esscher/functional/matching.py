@@ -14,7 +14,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 from esscher.functional.divergences import (
@@ -84,13 +84,17 @@ def matching_terms(
 
 @torch.no_grad()
 def log_partition_update(
-    log_mean: Float[Tensor, "*s"], count: Num[Tensor, "*s"], log_weight: Float[Tensor, "*s n"]
+    log_mean: Float[Tensor, "*s"],
+    count: Num[Tensor, "*s"],
+    log_weight: Float[Tensor, "*s n"],
+    valid: Bool[Tensor, "*s n"] | None = None,
 ) -> tuple[Float[Tensor, "*s"], Num[Tensor, "*s"]]:
     """Log of the mean of P / q over all samples so far, and their number, after n more; from 0, 0.
 
     Z' = (count Z + sum_n exp(log_weight_n)) / (count + n), log_weight = log P - log q. Unbiased as
     E_q[P / q] = Z, and -inf until P > 0 for the first time. With q = pi it falls short once pi has
-    left a part of p: keep the early samples, or draw some from a fixed q.
+    left a part of p: keep the early samples, or draw some from a fixed q. Samples that are not valid
+    are as if they had not been drawn.
 
     Source: Go et al. 2023, f-DPG (arXiv 2302.08215).
     Gradient: none.
@@ -98,7 +102,9 @@ def log_partition_update(
     seen = count.to(log_mean.dtype).log()
     # Without samples the mean so far may be any number.
     before = log_mean.masked_fill(count == 0, -INFINITY) + seen
-    total = count + log_weight.shape[-1]
+    if valid is None:
+        valid = torch.ones_like(log_weight, dtype=torch.bool)
+    log_weight, total = log_weight.masked_fill(~valid, -INFINITY), count + valid.sum(-1)
     log_total = total.clamp(min=1).to(log_mean.dtype).log()
     return torch.logaddexp(before, log_weight.logsumexp(-1)) - log_total, total
 
@@ -120,11 +126,13 @@ def divergence_estimates(
     log_proposal: Float[Tensor, "n"],
     log_partition: Float[Tensor, ""] | float,
     features: Float[Tensor, "n k"] | None = None,
+    weight: Float[Tensor, "n"] | None = None,
 ) -> DivergenceEstimates:
     """All divergences by importance sampling from x ~ q, whichever is trained; float64.
 
     Means of `divergence_terms`, where Jensen-Shannon has half weights, as metrics do; moments are
-    E_q[(pi / q) phi]. KL(pi || p) is inf as soon as one sample has P = 0 < pi.
+    E_q[(pi / q) phi]. KL(pi || p) is inf as soon as one sample has P = 0 < pi. `weight`, which adds
+    up to 1, is what samples count in these means, by default all alike; one of 0 does not count.
 
     Source: Go et al. 2023, f-DPG (arXiv 2302.08215).
     Gradient: none.
@@ -133,23 +141,26 @@ def divergence_estimates(
     target = log_target.double() - log_partition - log_proposal
     if features is None:
         features = policy.new_zeros(len(policy), 0)
+    if weight is None:
+        weight = torch.full_like(policy, 1 / max(len(policy), 1))
+    weight = weight.double()
 
     def mean(f: FDivergence) -> Tensor:
-        return divergence_terms(policy, target, f).mean()
+        return weight @ divergence_terms(policy, target, f).masked_fill(weight == 0, 0.0)
 
     return DivergenceEstimates(
         kl_policy_target=mean(kl()),
         kl_target_policy=mean(reverse_kl()),
         total_variation=mean(total_variation()),
         jensen_shannon=0.5 * mean(js()),
-        moments=(policy.exp().unsqueeze(-1) * features).mean(0),
+        moments=(weight * policy.exp()) @ features.double(),
     )
 
 
 @torch.no_grad()
 def fit_tilt(
-    log_weight: Float[Tensor, "n"],
-    features: Float[Tensor, "n k"],
+    log_weight: Float[Tensor, "*g n"],
+    features: Float[Tensor, "*g n k"],
     moments: Float[Tensor, "k"],
     *,
     tolerance: float = 1e-8,
@@ -159,18 +170,24 @@ def fit_tilt(
 
     Over x ~ q with log_weight = log a - log q, w = exp(log_weight + lambda . phi), self-normalised:
     m(lambda) = sum w phi / sum w. Minimises the convex dual log sum w - lambda . moments by
-    Newton's method in float64 until max |m - moments| <= tolerance.
+    Newton's method in float64 until max |m - moments| <= tolerance. With groups g (prompts), each
+    is normalised by itself, and m is the mean over the groups; groups without weight are left out.
 
     Source: Khalifa et al. 2021, GDC (arXiv 2012.11635).
     Gradient: none.
     Raises: ValueError naming the feature that is constant over the samples (never seen), or whose
         moment is not inside of its range; or if moments that each are cannot be had together.
     """
+    log_weight = log_weight.flatten(0, -2).double() if log_weight.dim() > 1 else log_weight[None]
+    seen = features.reshape(*log_weight.shape, -1).double()
     possible = log_weight > -INFINITY
-    log_weight, seen = log_weight[possible].double(), features[possible].double()
-    if len(seen) == 0 or not (log_weight.isfinite().all() and seen.isfinite().all()):
+    log_weight, seen, possible = (x[possible.any(-1)] for x in (log_weight, seen, possible))
+    seen = seen.masked_fill(~possible.unsqueeze(-1), 0.0)
+    finite = log_weight[possible].isfinite().all() and seen.isfinite().all()
+    if len(seen) == 0 or not finite:
         raise ValueError("fit_tilt needs samples with a > 0, finite weights and finite features")
-    low, high = seen.min(0).values, seen.max(0).values
+    beyond = torch.full_like(seen, INFINITY).masked_fill_(possible.unsqueeze(-1), 0.0)
+    low, high = (seen + beyond).amin(1).mean(0), (seen - beyond).amax(1).mean(0)
     for index, moment in enumerate(moments.tolist()):
         least, most = low[index].item(), high[index].item()
         if least == most:
@@ -184,17 +201,18 @@ def fit_tilt(
     centred, tilt = (seen - moments.double()) / scale, torch.zeros_like(scale)
 
     def dual(tilt: Tensor) -> Tensor:
-        return (log_weight + centred @ tilt).logsumexp(0)
+        return (log_weight + centred @ tilt).logsumexp(-1).mean()
 
     error = scale
     for _ in range(max_steps + 1):
-        weight = (log_weight + centred @ tilt).softmax(0)
-        slope = weight @ centred
+        weight = (log_weight + centred @ tilt).softmax(-1).unsqueeze(-1)
+        means = (weight * centred).sum(1)
+        slope = means.mean(0)
         error = slope * scale
         if error.abs().max() <= tolerance:
             return (tilt / scale).to(features.dtype)
-        spread = centred - slope
-        curvature = (weight.unsqueeze(-1) * spread).T @ spread
+        spread = centred - means.unsqueeze(1)
+        curvature = (weight * spread).flatten(0, 1).T @ spread.flatten(0, 1) / len(means)
         curvature.diagonal().add_(1e-12)  # for features that depend on one another
         step, length = torch.linalg.solve(curvature, slope), 1.0
         ceiling = dual(tilt) + 1e-14

@@ -5,7 +5,6 @@ gradient: one matrix product more, and never a tensor of all positions times v. 
 marks the tokens that count; what stands elsewhere, be it NaN, reaches neither result nor gradient.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -118,14 +117,13 @@ def _token_log_probs(
         raise ValueError(f"temperature must be in (0, inf), got {temperature}")
     if chunk < 1:
         raise ValueError(f"chunk must be >= 1, got {chunk}")
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
     for name, tensor, shape in (
         ("targets", targets, hidden.shape[:-1]),
         ("mask", mask, hidden.shape[:-1]),
         ("weight", weight, (len(weight), hidden.shape[-1])),
         ("bias", bias, (len(weight),)),
     ):
-        if tensor.shape != shape:
+        if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
@@ -142,22 +140,26 @@ def _token_log_probs(
     return logp, entropy
 
 
-def _logits(
-    rows: Tensor, weight: Tensor, bias: Tensor, temperature: float, chunk: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Which rows, their logits / temperature in at least float32, and a buffer in rows' dtype.
+def _buffers(rows: Tensor, weight: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """For the logits of a chunk, in rows' dtype and in at least float32; one tensor if that is one."""
+    narrow = rows.new_empty(min(chunk, len(rows)), len(weight))
+    return narrow, narrow.to(torch.promote_types(rows.dtype, torch.float32))
 
-    The same memory every time; one and the same tensor where rows are float32 or float64.
-    """
-    buffer = rows.new_empty(min(chunk, len(rows)), len(weight))
-    wide = buffer.to(torch.promote_types(rows.dtype, torch.float32))
-    scale = 1 / temperature
-    for start in range(0, len(rows), chunk):
-        block = rows[start : start + chunk]
-        narrow = buffer[: len(block)]
-        torch.addmm(bias, block, weight.T, beta=scale, alpha=scale, out=narrow)
-        logits = narrow if wide is buffer else wide[: len(block)].copy_(narrow)
-        yield slice(start, start + chunk), logits, narrow
+
+def _logits(
+    block: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    buffers: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Logits / temperature of a chunk of rows, in the first of the buffers and in the second."""
+    narrow, wide = (buffer[: len(block)] for buffer in buffers)
+    scale, addend = 1 / temperature, weight[:, 0] if bias is None else bias
+    # At beta = 0 the addend is not read, and no pass is spent on filling the buffer with it.
+    beta = 0.0 if bias is None else scale
+    torch.addmm(addend, block, weight.T, beta=beta, alpha=scale, out=narrow)
+    return narrow, narrow if buffers[0] is buffers[1] else wide.copy_(narrow)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -171,19 +173,23 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ctx: Any,
         rows: Tensor,
         weight: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         dtype: torch.dtype,
         temperature: float,
         chunk: int,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.settings, ctx.dtypes = (temperature, chunk), (rows.dtype, weight.dtype, bias.dtype)
-        rows, weight, bias = (x.to(dtype) for x in (rows, weight, bias))
+        ctx.settings, ctx.dtypes = (temperature, chunk), (rows.dtype, weight.dtype)
+        rows, weight = rows.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         targets = targets.long().unsqueeze(-1)
         logp = torch.empty_like(targets, dtype=torch.promote_types(dtype, torch.float32))
         normaliser, entropy = torch.empty_like(logp), torch.zeros_like(logp)
-        for part, logits, _ in _logits(rows, weight, bias, *ctx.settings):
+        buffers = _buffers(rows, weight, chunk)
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            _, logits = _logits(rows[part], weight, bias, temperature, buffers)
             top = logits.amax(-1, keepdim=True)
             chosen = logits.sub_(top).gather(-1, targets[part])
             exponents = logits.clamp(min=LOG_ZERO) if with_entropy else None
@@ -192,6 +198,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
             normaliser[part] = top + total.log()
             if exponents is not None:
                 entropy[part] = total.log() - logits.mul_(exponents).sum(-1, keepdim=True) / total
+            elif start + chunk >= len(rows):
+                logits.div_(total)
+        # The last chunk's probabilities are still there: their gradient needs no second product.
+        keep = any(ctx.needs_input_grad) and not with_entropy
+        ctx.buffers = buffers if keep else None
         ctx.save_for_backward(rows, weight, bias, targets, normaliser)
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
@@ -201,17 +212,26 @@ class _ChunkedLogProbs(torch.autograd.Function):
         if torch.is_grad_enabled():  # Under create_graph=True, where this would be a constant.
             raise RuntimeError("token_log_probs has no second derivatives: pass no create_graph")
         rows, weight, bias, targets, normaliser = ctx.saved_tensors
+        temperature, chunk = ctx.settings
         # d logp / d logits = (onehot - p) / temperature. Each row's factor stays out of the
         # [chunk, v] buffer: it multiplies rows of width d, on either side of the products.
-        scale = grad_outputs[0] / -ctx.settings[0]
+        scale = grad_outputs[0] / -temperature
         scaled = (rows * scale).to(rows.dtype)
         (to_rows, to_weight, to_bias), wide = ctx.needs_input_grad[:3], scale.dtype
         grad_rows = torch.empty_like(rows) if to_rows else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if to_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if to_bias else None
+        grad_bias = torch.zeros_like(weight[:, 0], dtype=wide) if to_bias else None
         product = torch.empty_like(weight) if to_weight and weight.dtype != wide else None
-        for part, logits, narrow in _logits(rows, weight, bias, *ctx.settings):
-            p, hot = logits.sub_(normaliser[part]).exp_(), targets[part]
+        kept, ctx.buffers = ctx.buffers, None  # Overwritten below: good for one backward pass.
+        buffers = kept or _buffers(rows, weight, chunk)
+        for start in reversed(range(0, len(rows), chunk)):
+            part = slice(start, start + chunk)
+            hot = targets[part]
+            if kept is not None and start + chunk >= len(rows):
+                narrow, p = (buffer[: len(hot)] for buffer in kept)
+            else:
+                narrow, logits = _logits(rows[part], weight, bias, temperature, buffers)
+                p = logits.sub_(normaliser[part]).exp_()
             narrow.copy_(p.scatter_(-1, hot, p.gather(-1, hot) - 1))
             if grad_rows is not None:
                 torch.mm(narrow, weight, out=grad_rows[part])
@@ -221,6 +241,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 grad_weight.addmm_(narrow.T, scaled[part])
             if grad_bias is not None:
                 grad_bias.addmv_(p.T, scale[part].squeeze(-1))
-        grads = None if grad_rows is None else grad_rows * scale, grad_weight, grad_bias
-        cast = (g if g is None else g.to(x) for g, x in zip(grads, ctx.dtypes, strict=True))
-        return *cast, None, None, None, None, None
+        to_rows, to_weight = ctx.dtypes
+        return (
+            None if grad_rows is None else (grad_rows * scale).to(to_rows),
+            None if grad_weight is None else grad_weight.to(to_weight),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *(None,) * 5,
+        )

@@ -12,6 +12,7 @@ from typing import Any
 
 from esscher.errors import UserError
 from esscher.registry import Entry, find
+from esscher.report.memory import memory_rows
 
 NOT_TRIED, NOTHING_TO_PROVE = "not tried", "a baseline: nothing to prove"
 
@@ -37,13 +38,14 @@ def method_card(slug: str, proofs: Path) -> str:
         f"Paper: {paper['year']}, arXiv [{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']})"
         f"{_plain(where)}. Family: {entry.family}.",
         f"**What it is for.** {_plain(paper['purpose'])}",
-        f"**The paper's claim.** {_plain(paper['claim'])}",
+        f"**The paper's claim.** {_plain(paper['claim'])}" if paper["claim"] else "",
         "## How it works",
         _plain(explained.strip()),
         "## Settings",
         *_settings(module, source),
         "## Recipes",
         *_recipes(module, slug),
+        *_memory(module),
         "## Measured proof",
         *_proof(entry, proofs),
     ]
@@ -71,6 +73,60 @@ def _fields(config: ast.ClassDef, source: str) -> Iterator[tuple[str, str, str]]
         yield node.target.id, default or "required", _text(following)
 
 
+OWN_TASK = {
+    "control": "--env.id ID --steps STEPS",
+    "pairs": "--model FOLDER --data PAIRS.jsonl` with columns prompt, chosen and rejected, "
+    "`--steps UPDATES",
+    "demonstrations": "--model FOLDER --data ROWS.jsonl` with columns prompt and completion (or text), "
+    "`--steps UPDATES",
+    "prompts": "--model FOLDER --data PROMPTS.jsonl --reward module:function` (or "
+    "`--task reasoning_gym:NAME` in place of both), `--steps ITERATIONS",
+}
+
+
+def _literals(module: ast.Module) -> dict[str, Any]:
+    """What the method class says of itself: world, loop, rows."""
+    for node in module.body:
+        if isinstance(node, ast.ClassDef) and any(
+            getattr(b, "id", "") == "Method" for b in node.bases
+        ):
+            return {
+                target.id: item.value.value
+                for item in node.body
+                if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant)
+                for target in item.targets
+                if isinstance(target, ast.Name)
+            }
+    return {}
+
+
+def _own_task(module: ast.Module) -> str:
+    said = _literals(module)
+    language = said.get("world") == "language"
+    return OWN_TASK[said.get("rows", "demonstrations") if language else "control"]
+
+
+def _memory(module: ast.Module) -> Iterator[str]:
+    """What a model of seven billion weights needs, by calculation."""
+    said = _literals(module)
+    if said.get("world") != "language":
+        return
+    yield "## Memory of a 7B model"
+    heads = (
+        "how",
+        "frozen weights",
+        "trained, with gradients and moments",
+        "activations",
+        "in all",
+    )
+    yield _table(heads, memory_rows())
+    yield (
+        "With `--model.dtype bfloat16 --model.gradient-checkpointing --runtime.precision bfloat16`; "
+        "`--model.lora-rank 16` for adapters. `--method.micro-batch-size` says how many sequences' "
+        "activations are held at once, and does not change the objective."
+    )
+
+
 def _recipes(module: ast.Module, slug: str) -> Iterator[str]:
     rows = [
         (f"`esscher run {slug}:{node.name}`", _plain(_one_line(ast.get_docstring(node) or "")))
@@ -81,7 +137,7 @@ def _recipes(module: ast.Module, slug: str) -> Iterator[str]:
         and node.returns.id == "Experiment"
     ]
     yield _table(("command", "what it runs"), rows) if rows else ""
-    yield f"On your own task: `esscher run {slug} --env.id ID --steps STEPS`."
+    yield f"On your own task: `esscher run {slug} {_own_task(module)}`."
 
 
 def _proof(entry: Entry, proofs: Path) -> Iterator[str]:

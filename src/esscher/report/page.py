@@ -76,6 +76,7 @@ def write_report(
             "pictures": _pictures(runs),
             "diagnostics": _diagnostic_figures(rankings, styles),
         },
+        samples=_samples(runs),
         settings=settings_tables(runs),
         provenance=_provenance(runs),
         commands=_commands(runs, every),
@@ -94,7 +95,7 @@ def _table(ranking: Ranking) -> dict[str, Any]:
     single = len(ranking.tasks) == 1
     score = "Normalised return" if not single else "Return"
     if ranking.step is not None:
-        score = f"Return after {ranking.step:,} steps"
+        score = f"{ranking.measure.capitalize()} after {ranking.step:,} steps"
     columns = ["Rank", "Method", "Seeds", score, *(["Curve mean"] if single else [])]
     columns += ["Steps/s", "Time a run", "P(beats first)"]
     rows = []
@@ -217,6 +218,35 @@ def _pictures(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
     return shown
 
 
+SAMPLES_SHOWN = 8
+RUNS_WITH_SAMPLES = 6
+
+
+def _samples(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """What language models wrote first and last, of each method's first seed."""
+    firsts: dict[tuple[str, str], RunRecord] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        firsts.setdefault((run.env, run.name), run)
+    tables = []
+    for run in firsts.values():
+        written = run.samples()
+        if not written or len(tables) == RUNS_WITH_SAMPLES:
+            continue
+        columns = ["Prompt", *[f"After {step:,} steps" for step, _ in written]]
+        rows = [
+            [(same[0]["prompt"], ""), *[(s["completion"], _sample_mark(s)) for s in same]]
+            for same in zip(*[samples for _, samples in written], strict=False)
+        ]
+        name = f"{run.name} on {run.env}, seed {run.seed}"
+        tables.append({"name": name, "columns": columns, "rows": rows[:SAMPLES_SHOWN]})
+    return tables
+
+
+def _sample_mark(sample: dict[str, Any]) -> str:
+    marks = [f"reward {number(sample['reward'])}"] if "reward" in sample else []
+    return ", ".join(marks if sample.get("finished", True) else [*marks, "cut at the length limit"])
+
+
 def _figure(
     identifier: str, drawing: Any, title: str, description: str, caption: str
 ) -> dict[str, str]:
@@ -269,17 +299,26 @@ def _commands(runs: Sequence[RunRecord], every: Sequence[Ranking]) -> list[tuple
     ]
     commands = commands or [("Go on with a run that was interrupted", "esscher resume RUN")]
     slugs = " ".join(shlex.quote(slug) for slug in sorted({run.slug for run in runs}))
+    language = best.model is not None
+    also = [("Let it write", f"esscher sample {_path(best)} --prompt TEXT")] if language else []
+    form = "transformers" if language else "onnx"
     return [
         *commands,
         (f"Evaluate {best.name}, seed {best.seed}, again", f"esscher eval {_path(best)}"),
-        ("Take its policy to another tool", f"esscher export {_path(best)} --to onnx"),
+        *also,
+        ("Take its policy to another tool", f"esscher export {_path(best)} --to {form}"),
         ("Learn more with more seeds", f"esscher compare {slugs} {_task(best)} --seeds 10"),
     ]
 
 
 def _task(run: RunRecord) -> str:
-    steps = run.config["stages"][-1]["steps"]
-    return f"--env.id {shlex.quote(run.env)} --steps {steps}"
+    stage = run.config["stages"][-1]
+    if run.model is None:
+        return f"--env.id {shlex.quote(run.env)} --steps {stage['steps']}"
+    text = stage.get("text") or {}
+    given = {"model": run.model, "data": stage.get("data"), "steps": stage["steps"]}
+    given |= {name: text.get(name) for name in ("task", "reward")}
+    return " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in given.items() if v is not None)
 
 
 def _path(run: RunRecord) -> str:

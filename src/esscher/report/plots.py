@@ -233,7 +233,8 @@ def _draw_curves(
             longest = max(drawn, key=lambda run: run.steps[-1])
             ends.append((entry.method, longest.steps[-1], longest.returns[-1]))
     returns_from = {run.returns_from for entry in ranking.entries for run in entry.runs}
-    kind = "training return" if returns_from <= {"train", "none"} else "evaluation return"
+    phase = "training" if returns_from <= {"train", "none"} else "evaluation"
+    kind = f"{phase} return" if ranking.measure == "return" else ranking.measure
     axes.set_title(f"{ranking.name}: {kind}")
     axes.set_xlabel("steps")
     format_axis(axes.xaxis, 6)

@@ -66,6 +66,8 @@ class Ranking:
     tasks: tuple[str, ...]
     step: int | None
     entries: tuple[Entry, ...]
+    measure: str = "return"
+    """What the scores are."""
 
     @property
     def scored(self) -> tuple[Entry, ...]:
@@ -73,9 +75,14 @@ class Ranking:
         return tuple(entry for entry in self.entries if entry.scores.size)
 
 
-def rank_task(runs: Sequence[RunRecord]) -> Ranking:
-    """Ranks the methods among runs of one task by the interquartile mean of their returns."""
-    tasks = {run.env for run in runs}
+def rank_task(runs: Sequence[RunRecord], *, alone: bool = True) -> Ranking:
+    """Ranks the methods among runs of one task by the interquartile mean of their returns.
+
+    alone: there are no runs of this task that are measured by something else.
+    """
+    tasks, measures = {run.env for run in runs}, {run.measure for run in runs}
+    if len(measures) > 1:
+        raise ValueError(f"runs with different measures cannot be ranked: {sorted(measures)}")
     if len(tasks) != 1:
         raise ValueError(f"rank_task needs runs of one task, got {sorted(tasks)}; use rank_tasks")
     with_curve = [run for run in runs if len(run.steps)]
@@ -91,7 +98,10 @@ def rank_task(runs: Sequence[RunRecord]) -> Ranking:
         curve_mean = interquartile_mean([_area(run, start, step) for run in reached])
         entries.append(_entry(method, own, reached, scores, curve_mean))
     (task,) = tasks
-    return Ranking(task, (task,), None if np.isnan(step) else int(step), _ordered(entries))
+    (measure,) = measures
+    name = task if measure == "return" or alone else f"{task}, {measure}"
+    last = None if np.isnan(step) else int(step)
+    return Ranking(name, (task,), last, _ordered(entries), measure)
 
 
 def rank_tasks(runs: Sequence[RunRecord]) -> tuple[list[Ranking], Ranking | None]:
@@ -100,9 +110,11 @@ def rank_tasks(runs: Sequence[RunRecord]) -> tuple[list[Ranking], Ranking | None
     Over tasks, scores are normalised per task: 0 is the worst final return among these runs, 1
     the best. It is None unless two methods or more share two tasks or more.
     """
+    kinds = sorted({(run.env, run.measure) for run in runs})
+    tasks = [task for task, _ in kinds]
     rankings = [
-        rank_task([run for run in runs if run.env == task])
-        for task in sorted({run.env for run in runs})
+        rank_task([r for r in runs if (r.env, r.measure) == kind], alone=tasks.count(kind[0]) == 1)
+        for kind in kinds
     ]
     methods = sorted({run.name for run in runs})
     shared = [ranking for ranking in rankings if len(ranking.scored) == len(methods)]

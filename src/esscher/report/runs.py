@@ -38,6 +38,22 @@ class RunRecord:
         return self.label or self.slug
 
     @property
+    def model(self) -> str | None:
+        """What a language model was before; None of a controller."""
+        return ((self.config.get("stages") or [{}])[-1].get("model") or {}).get("source")
+
+    @property
+    def measure(self) -> str:
+        """What the numbers of its curve are: "return", or what its evaluations say."""
+        return str(next((row["measure"] for row in self.evaluations if "measure" in row), "return"))
+
+    def samples(self) -> list[tuple[int, list[dict[str, Any]]]]:
+        """What a language model wrote at its first and its last evaluation: step, samples."""
+        files = sorted((self.folder / "samples").glob("step_*.json"))
+        ends = files[:1] + files[1:][-1:]
+        return [(int(path.stem[5:]), _read_json(path)) for path in ends]
+
+    @property
     def finished(self) -> bool:
         """Whether the run reached its end (its `result.json` says so)."""
         return self.result is not None and self.result.get("status") == "finished"

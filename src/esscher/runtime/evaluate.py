@@ -33,7 +33,15 @@ class Evaluation:
     @property
     def told(self) -> str:
         """The mean for a reader: returns are large numbers, most other measures small ones."""
-        return f"{self.mean:,.1f}" if self.measure == "return" else f"{self.mean:,.3f}"
+        return self._number(self.mean)
+
+    @property
+    def spread(self) -> str:
+        """The standard deviation for a reader."""
+        return self._number(self.std)
+
+    def _number(self, value: float) -> str:
+        return f"{value:,.1f}" if self.measure == "return" else f"{value:,.3f}"
 
     @property
     def mean(self) -> float:

@@ -1,5 +1,6 @@
 """The world of language models: a model, rows of text, a reward where completions are judged."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from esscher.adapters.models import digest_of, load_model, save_model
 from esscher.adapters.rewards import RewardJudge, made_prompts
 from esscher.adapters.text import read_rows, read_text
+from esscher.adapters.text_envs import TextGames, read_turns
 from esscher.distributions.autoregressive import LanguageModel, TextSpec
 from esscher.errors import UserError
 from esscher.experience.text import (
@@ -19,6 +21,7 @@ from esscher.experience.text import (
     collate_prompts,
 )
 from esscher.experiment import Experiment, TextConfig
+from esscher.loops.converse import converse
 from esscher.loops.generate import generate
 from esscher.loops.offline import offline
 from esscher.loops.online import LoopState, Progress
@@ -65,7 +68,11 @@ class LanguageWorld:
             model=model, tokenizer=tokenizer, max_length=_fitting(self.stage.text, model)
         )
         self.judge: RewardJudge | None = None
-        if with_text:
+        self.games: TextGames | None = None
+        if with_text and self.kind == "converse":
+            self.text = self._logged_turns()
+            self.games, self.judged_games = self._new_games(), self._new_games()
+        elif with_text:
             self.text = self._read()
             if self.method_class.rows == "prompts":
                 self.judge = self._judge(self.text.rows, experiment.seed)
@@ -80,13 +87,17 @@ class LanguageWorld:
         self, method: Any, experience: Any, state: LoopState, barrier_every: int
     ) -> Iterator[Progress]:
         limits = {"seed": self.experiment.seed, "steps": self.stage.steps}
+        if self.games is not None:
+            return converse(method, self.games, experience, state, **limits)
         if self.kind == "generate":
             assert self.judge is not None
             return generate(method, experience, self.judge, state, **limits)
         return offline(method, experience, state, **limits)
 
     def evaluate(self, method: Any, step: int) -> Evaluation:
-        """Judge the model on rows held out, and let it write."""
+        """Judge the model on rows held out, and let it write; or by whole episodes of its game."""
+        if self.games is not None:
+            return self._played(method)
         held_out = self.text.held_out or self.text.train
         rows = self.text.held_out_rows if self.text.held_out else self.text.rows
         count = min(self.experiment.evaluation.episodes, len(held_out))
@@ -130,6 +141,62 @@ class LanguageWorld:
     def close(self) -> None:
         if self.judge is not None:
             self.judge.close()
+        if self.games is not None:
+            self.games.close()
+            self.judged_games.close()
+
+    def _new_games(self) -> TextGames:
+        config = self.stage.text
+        assert config.game is not None
+        return TextGames(
+            config.game,
+            config.game_kwargs,
+            self.spec.tokenizer,
+            max_length=self.spec.max_length,
+            max_turns=config.max_turns,
+            history=config.history,
+            pad_token=self.spec.model.pad_token,
+            device=self.runtime.device,
+        )
+
+    def _logged_turns(self) -> Any:
+        data, config = self.stage.data, self.stage.text
+        if data is None:
+            return None
+        return read_turns(
+            read_rows(data, split=config.split),
+            self.spec.tokenizer,
+            name=Path(data).name,
+            columns=config.columns,
+            max_length=self.spec.max_length,
+        )
+
+    def _played(self, method: Any) -> Evaluation:
+        """Episodes of the game from fixed seeds."""
+        config, seed = self.experiment.evaluation, self.experiment.seed
+        decoding, turn = method.decoding, itertools.count()
+        if config.deterministic:
+            decoding = replace(decoding, temperature=0.0)
+
+        def write(prompts: Prompts) -> Completions:
+            number = next(turn)
+            rows = prompts.row.tolist()
+            seeds = [mix(seed, 0, Phase.EVALUATE, row, number) for row in rows]
+            return method.write(prompts.tokens, prompts.mask, seeds, decoding)
+
+        starts = [mix(seed, 0, Phase.EVALUATE, row) for row in range(config.episodes)]
+        method.policy.eval()
+        try:
+            played = self.judged_games(write, starts, decoding.max_new_tokens)
+        finally:
+            method.policy.train()
+        shown = zip(played.dialogues[:SAMPLES_SHOWN], played.returns, strict=False)
+        samples = [
+            {"prompt": texts[0], "completion": "\n".join(texts[1:]), "reward": total}
+            for texts, total in shown
+        ]
+        extras = {"shortened_prompts": played.shortened}
+        return Evaluation(played.returns, played.lengths, "return", extras, samples)
 
     def _read(self) -> Text[Any]:
         stage, seed, kind = self.stage, self.experiment.seed, self.method_class.rows

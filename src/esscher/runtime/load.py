@@ -1,16 +1,18 @@
 """Open a run folder for use: its policy, its method, its experiment."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from esscher.controller import Controller
 from esscher.errors import UserError
-from esscher.experiment import Experiment
+from esscher.experiment import EvaluationConfig, Experiment
 from esscher.registry import load_method
 from esscher.runtime import checkpoint as checkpoints
 from esscher.runtime.device import Runtime
+from esscher.runtime.evaluate import Evaluation
 from esscher.runtime.run import read_experiment
 from esscher.runtime.state import under
 from esscher.types import Spec
@@ -74,11 +76,30 @@ def load(directory: str | Path, *, step: int | None = None) -> Loaded:
     return Loaded(experiment, Controller(method.policy, spec), method, checkpoint.step)
 
 
-def _load_language(experiment: Experiment, checkpoint: checkpoints.Checkpoint) -> Loaded:
+def evaluate_language(
+    directory: str | Path, evaluation: EvaluationConfig, *, step: int | None = None
+) -> tuple[Loaded, Evaluation]:
+    """Judge the language model of a run anew, on the rows that it held out.
+
+    Raises:
+        UserError: as `load` does, or the text cannot be read any more.
+    """
+    from esscher.runtime.language import LanguageWorld
+
+    experiment = replace(read_experiment(Path(directory)), evaluation=evaluation)
+    checkpoint = checkpoints.load(Path(directory), step)
+    with closing(LanguageWorld(experiment, Runtime())) as world:
+        loaded = _load_language(experiment, checkpoint, world)
+        return loaded, world.evaluate(loaded.method, checkpoint.step)
+
+
+def _load_language(
+    experiment: Experiment, checkpoint: checkpoints.Checkpoint, world: Any = None
+) -> Loaded:
     from esscher.runtime.language import LanguageWorld
 
     runtime = Runtime()
-    world = LanguageWorld(experiment, runtime, with_text=False)
+    world = world or LanguageWorld(experiment, runtime, with_text=False)
     world.check(checkpoint.meta["spec"])
     method = load_method(experiment.slug)(experiment.method, world.spec, runtime)
     method.load_state_dict(under("method", checkpoint.state))

@@ -14,7 +14,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from esscher.errors import UserError, nearest
 from esscher.experiment import (
-    EnvConfig,
     EvaluationConfig,
     Experiment,
     LogConfig,
@@ -95,12 +94,11 @@ def grid(experiment: Experiment, settings: Sequence[str], seeds: Iterable[int]) 
 def comparison(
     slugs: Sequence[str],
     *,
-    env: EnvConfig,
-    data: str | None = None,
-    steps: int,
+    stage: Stage,
     seeds: Iterable[int],
-    hidden: tuple[int, ...] | None,
-    updates_per_step: float | None,
+    hidden: tuple[int, ...] | None = None,
+    updates_per_step: float | None = None,
+    batch_size: int | None = None,
     evaluation: EvaluationConfig,
     runtime: RuntimeConfig,
     log: LogConfig,
@@ -109,23 +107,44 @@ def comparison(
 
     Warm-up is cut to a tenth of the steps where a method's own would eat more of a short run.
 
+    Args:
+        stage: the task; its data go to those methods that read any.
+        batch_size: of language methods; None: each method's own.
+
     Raises:
-        UserError: an unknown method, one named twice, or data that none of them reads.
+        UserError: an unknown method, one named twice, methods that cannot do the same task, or data
+            that none of them reads.
     """
+    data, steps = stage.data, stage.steps
     if len(set(slugs)) < len(slugs):
         raise UserError(f"a method is named twice: {' '.join(slugs)}")
-    if data is not None and all(load_method(slug).data == "none" for slug in slugs):
+    kinds = {slug: load_method(slug) for slug in slugs}
+    tasks = {(k.world, k.rows if k.world == "language" else "") for k in kinds.values()}
+    if len(tasks) > 1:
+        listed = ", ".join(
+            f"{slug} {k.rows if k.world == 'language' else 'environments'}"
+            for slug, k in kinds.items()
+        )
+        raise UserError(
+            f"these methods learn from different things, so compare them apart: {listed}"
+        )
+    language = next(iter(tasks))[0] == "language"
+    if not language and data is not None and all(k.data == "none" for k in kinds.values()):
         raise UserError(f"none of {' '.join(slugs)} learns from logged steps: leave out --data")
     experiments = []
     for slug in slugs:
-        kind = load_method(slug)
-        config, read = kind.Config(), None if kind.data == "none" else data
+        kind = kinds[slug]
+        config, read = kind.Config(), None if kind.data == "none" and not language else data
         changes: dict[str, Any] = {}
         names = {f.name for f in dataclasses.fields(config)}
         if hidden is not None and "hidden" in names:
             changes["hidden"] = hidden
         if updates_per_step is not None and "updates_per_step" in names:
             changes["updates_per_step"] = updates_per_step
+        if batch_size is not None and "batch_size" in names:
+            changes["batch_size"] = batch_size
+        if "warmup_updates" in names:
+            changes["warmup_updates"] = min(config.warmup_updates, steps // 10)
         if "warmup" in names:
             changes["warmup"] = min(config.warmup, steps // 10)
         if "buffer_size" in names:
@@ -133,7 +152,7 @@ def comparison(
         experiments += [
             Experiment(
                 method=replace(config, **changes),
-                stages=(Stage(env=env, data=read, steps=steps),),
+                stages=(replace(stage, data=read),),
                 seed=seed,
                 evaluation=evaluation,
                 runtime=runtime,
@@ -158,7 +177,7 @@ def _refuse_other_settings(experiment: Experiment, folder: Path) -> None:
 def _with_setting(value: Any, path: list[str], text: str) -> Any:
     """A copy of nested dataclasses with one field set from text."""
     name, *rest = path
-    if isinstance(value, Experiment) and name in ("env", "data", "steps"):
+    if isinstance(value, Experiment) and name in ("env", "model", "text", "data", "steps"):
         stage = _with_setting(value.stages[-1], path, text)
         return replace(value, stages=(*value.stages[:-1], stage))
     known = [f.name for f in dataclasses.fields(value)]
