@@ -191,7 +191,7 @@ def _check(model: Any, tokenizer: Any, source: str, setting: str = "--model") ->
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"{setting} {source}: the tokenizer has no end token, so that no completion would ever end: "
+            f"{setting} {source}: the tokenizer has no end token, so that no completion would end: "
             "set tokenizer.eos_token and save it again"
         )
 

@@ -2,8 +2,8 @@
 
 | who judges | when | here |
 |---|---|---|
-| language models whose log-probability is the reward (GenARM) | every token, one pass each | `product` |
-| a reward of whole texts, asked about unfinished ones (ARGS) | every token, one text a candidate | `reranked` |
+| language models whose log-probability is the reward (GenARM) | every token | `product` |
+| a reward of whole texts, asked about unfinished ones (ARGS) | every candidate token | `reranked` |
 | a reward of whole texts | once all are written | `best_of` |
 
 The first two are rules of `samplers.generation.complete`. A product of models token by token is

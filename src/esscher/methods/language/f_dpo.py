@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from esscher.distributions.autoregressive import TextSpec
 from esscher.errors import require
 from esscher.experience.text import Batches, Text, collate_pairs
-from esscher.experiment import CheckpointConfig, EvaluationConfig, Experiment
+from esscher.experiment import CheckpointConfig, EvaluationConfig, Experiment, TextConfig
 from esscher.functional.divergences import FDivergence, by_name
 from esscher.functional.preferences import implicit_score, preference_terms
 from esscher.method import Method, Paper
@@ -187,3 +187,17 @@ def smoke() -> Experiment:
         evaluation=EvaluationConfig(every=5, episodes=4),
         checkpoint=CheckpointConfig(every=5),
     )
+
+
+def paper() -> Experiment:
+    """The authors' settings for Anthropic HH with Pythia-2.8B; give the model and the pairs."""
+    cfg = Config(
+        divergence="js",
+        beta=0.1,
+        optimizer="rmsprop",
+        learning_rate=5e-7,
+        warmup_updates=150,
+        batch_size=64,
+        micro_batch_size=8,
+    )
+    return Experiment.of(cfg, steps=2_500, text=TextConfig(max_length=512, too_long="drop"))
