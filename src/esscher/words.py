@@ -42,15 +42,24 @@ def model(*, seed: int = 0, width: int = 32, layers: int = 2) -> tuple[Any, Any]
         n_embd=width,
         n_layer=layers,
         n_head=4,
+        n_inner=2 * width,
+        activation_function="relu",
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    speaker = transformers.GPT2LMHeadModel(config).to(torch.float32)
-    _draw(speaker, torch.Generator().manual_seed(seed))
-    _rule_out(speaker, tokenizer)
-    return speaker, tokenizer
+    made = transformers.GPT2LMHeadModel(config).to(torch.float32)
+    _draw(made, torch.Generator().manual_seed(seed))
+    _rule_out(made, tokenizer)
+    return made, tokenizer
+
+
+def speaker(**options: int) -> LanguageModel:
+    """`model`, ready to be asked."""
+    made, tokenizer = model(**options)
+    ends, pad = (tokenizer.eos_token_id,), tokenizer.pad_token_id
+    return LanguageModel(made.eval(), end_tokens=ends, pad_token=pad)
 
 
 def all_words() -> Tensor:
@@ -110,10 +119,7 @@ def compared(seed: int) -> list[dict[str, str]]:
     reward `rising` + `closing`. Columns with an ending (chosen_rising): the same pairs under another
     reward. As data: `esscher.words:compared_0` is that of seed 0, and so on.
     """
-    speaker, tokenizer = model(seed=seed)
-    ends, pad = (tokenizer.eos_token_id,), tokenizer.pad_token_id
-    speaker = LanguageModel(speaker.eval(), end_tokens=ends, pad_token=pad)
-    p, draw = log_probs(speaker.next_logits).exp().numpy(), np.random.default_rng(seed)
+    p, draw = log_probs(speaker(seed=seed).next_logits).exp().numpy(), np.random.default_rng(seed)
     pairs = draw.choice(len(p), (2 * NUM_PAIRS, 2), p=p / p.sum())
     pairs = pairs[pairs[:, 0] != pairs[:, 1]][:NUM_PAIRS]
     assert len(pairs) == NUM_PAIRS
@@ -137,9 +143,9 @@ def __getattr__(name: str) -> Any:
 
 
 @torch.no_grad()
-def _draw(speaker: Any, generator: torch.Generator) -> None:
+def _draw(made: Any, generator: torch.Generator) -> None:
     """Weights large enough that letters depend on what stands before them."""
-    for name, parameter in speaker.named_parameters():
+    for name, parameter in made.named_parameters():
         if "ln_" in name or name.endswith("bias"):
             continue
         scale = 1.0 if "wte" in name or "wpe" in name else 1.5 * parameter.shape[0] ** -0.5
@@ -149,9 +155,9 @@ def _draw(speaker: Any, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def _rule_out(speaker: Any, tokenizer: Any) -> None:
+def _rule_out(made: Any, tokenizer: Any) -> None:
     """Component 0 of the hidden states tells whether the word is over, component 1 is constant."""
-    body, head = speaker.transformer, speaker.lm_head.weight
+    body, head = made.transformer, made.lm_head.weight
     for block in body.h:
         for layer in (block.attn.c_proj, block.mlp.c_proj):
             layer.weight[:, 0] = 0.0

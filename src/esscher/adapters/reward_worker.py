@@ -10,8 +10,9 @@ import pickle
 import sys
 from typing import Any
 
-from esscher.adapters.imports import users_own
+from esscher.adapters.imports import needed, users_own
 from esscher.errors import UserError
+from esscher.rewards import LIBRARIES
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def verifier(source: str) -> Any:
     """The function that a reward or task names.
 
     Raises:
-        UserError: it cannot be imported, or is none.
+        UserError: it cannot be imported, is none, or needs a library that is not installed.
     """
     kind, _, _ = source.partition(":")
     if kind == "reasoning_gym":
@@ -45,6 +46,9 @@ def verifier(source: str) -> Any:
     function = users_own(source, "reward")
     if not callable(function):
         raise UserError(f"reward {source!r} is a {type(function).__name__}, not a function")
+    library = LIBRARIES.get(source.removeprefix("esscher.rewards:"))
+    if library is not None:
+        needed(library, source, "language")
     return function
 
 

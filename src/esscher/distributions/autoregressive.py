@@ -233,7 +233,7 @@ class LanguageModel(nn.Module):
             UserError: prompts and completions do not fit the model's context, a prompt is empty, or
                 the seeds cannot be shared equally among the prompts.
         """
-        with self._writing():
+        with self.writing():
             return complete(
                 self.next_logits,
                 prompts,
@@ -246,7 +246,7 @@ class LanguageModel(nn.Module):
             )
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
         """A model that recomputes activations keeps no cache while it is in training mode."""
         training = self.model.training
         self.model.eval()

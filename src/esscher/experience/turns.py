@@ -57,10 +57,10 @@ class Turns(Record):
             length=length,
             next_tokens=next_tokens,
             next_length=next_length,
-            reward=torch.tensor([turn.reward for turn in turns]),
+            reward=torch.tensor([float(turn.reward) for turn in turns]),
             terminated=torch.tensor([turn.terminated for turn in turns]),
             truncated=torch.tensor([turn.truncated for turn in turns]),
-            episode_return=torch.tensor([turn.episode_return for turn in turns]),
+            episode_return=torch.tensor([float(turn.episode_return) for turn in turns]),
         )
 
     @property

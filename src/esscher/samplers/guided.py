@@ -12,7 +12,7 @@ normalised at every token: over whole sequences it is not pi_base pi_reward^w up
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +24,7 @@ from esscher.samplers.generation import NextLogits, complete
 from esscher.types import Completions
 
 
+@runtime_checkable
 class NextTokenModel(Protocol):
     """What decoding asks of a language model."""
 

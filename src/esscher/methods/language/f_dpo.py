@@ -97,8 +97,13 @@ class Config:
     @property
     def generator(self) -> FDivergence:
         """Of the divergence, by this library's name."""
-        names = {"reverse_kl": "kl", "forward_kl": "reverse_kl", "js": "js"}
-        return by_name(names.get(self.divergence, f"alpha({self.alpha})"))
+        names = {
+            "reverse_kl": "kl",
+            "forward_kl": "reverse_kl",
+            "js": "js",
+            "alpha": f"alpha({self.alpha})",
+        }
+        return by_name(names[self.divergence])
 
 
 class FDPO(Method):

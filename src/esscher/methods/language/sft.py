@@ -92,8 +92,8 @@ class SFT(Method):
 
     def update(self, batch: Demonstrations, step: int) -> Metrics:
         cfg, batch = self.cfg, batch.to(self.runtime.device)
-        count = batch.completion_mask.sum()
-        sum_over_processes([count])
+        own = batch.completion_mask.sum()
+        sum_over_processes([count := own.clone()])
         losses: list[Tensor] = []
 
         def loss(part: Demonstrations) -> Float[Tensor, ""]:
@@ -102,7 +102,7 @@ class SFT(Method):
 
         self.opt.learning_rate = cfg.learning_rate * min(1, (step + 1) / max(cfg.warmup_updates, 1))
         self.opt.minimize_sum(loss, batch.split(cfg.micro_batch_size))
-        return {"loss": torch.stack(losses).detach().sum()}
+        return {"loss": torch.stack(losses).detach().sum() * count / own}
 
     def judge(self, batch: Demonstrations) -> Metrics:
         """Mean log-probability of a token, nats, of each row."""
