@@ -224,6 +224,8 @@ def _sample(arguments: list[str]) -> int:
 def _trains_language(folder: Path) -> bool:
     from esscher.runtime.run import read_experiment
 
+    if not (folder / "config.json").exists():
+        return False  # Whoever opens it will say so.
     return _world(read_experiment(folder).slug) == "language"
 
 
