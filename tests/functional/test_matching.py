@@ -138,6 +138,20 @@ def test_running_partition_by_hand():
         assert found == -INFINITY and count == 0
 
 
+def test_samples_that_are_not_valid_are_as_if_not_drawn():
+    mean, count = log_partition_update(
+        torch.zeros(2),
+        torch.tensor([0, 2]),
+        torch.tensor([[math.log(3), 9.0, float("nan")], [math.log(4), math.log(6), INFINITY]]),
+        torch.tensor([[True, False, False], [True, True, False]]),
+    )
+    # The second had a mean of 1 over two samples: (2 + 4 + 6) / 4.
+    assert mean.exp().tolist() == pytest.approx([3.0, 3.0]) and count.tolist() == [1, 4]
+    nothing = torch.tensor([[False, False, False]])
+    mean, count = log_partition_update(mean[:1], count[:1], torch.ones(1, 3), nothing)
+    assert mean.exp().item() == pytest.approx(3.0) and count.tolist() == [1]
+
+
 def test_running_partition_in_pieces_per_context_and_far_from_one():
     torch.manual_seed(0)
     log_weight = 3 * torch.randn(2, 60, dtype=torch.float64) + double(800.0, -800.0)[:, None]
@@ -231,6 +245,26 @@ def test_estimates_are_exact_where_the_samples_are_the_proposal():
     assert divergence_estimates(pi.log()[x], p.log()[x], log_q, 0.0).moments.shape == (0,)
 
 
+def test_estimates_with_weights():
+    """Each outcome once, weighted by how likely the proposal is; what has no weight may be inf."""
+    torch.manual_seed(0)
+    pi, p, q = torch.randn(3, 6, dtype=torch.float64).softmax(-1)
+    features = torch.randn(6, 2, dtype=torch.float64)
+    beyond = double(INFINITY)
+    found = divergence_estimates(
+        torch.cat([pi.log(), double(-1.0)]),
+        torch.cat([p.log(), -beyond]),
+        torch.cat([q.log(), double(-1.0)]),
+        0.0,
+        torch.cat([features, torch.ones(1, 2, dtype=torch.float64)]),
+        torch.cat([q, double(0.0)]),
+    )
+    assert found.kl_policy_target.item() == pytest.approx(DIVERGENCES["kl"](pi, p).item())
+    assert found.kl_target_policy.item() == pytest.approx(DIVERGENCES["kl"](p, pi).item())
+    assert found.jensen_shannon.item() == pytest.approx(jensenshannon(pi, p) ** 2)
+    torch.testing.assert_close(found.moments, pi @ features)
+
+
 def test_estimates_where_target_or_policy_is_zero():
     x, log_q = enumerated([2, 1, 1, 1])
     pi, p = double(0.5, 0.3, 0.2, 0.0), double(0.6, 0.4, 0.0, 0.0)
@@ -281,6 +315,24 @@ def test_a_known_tilt_is_found_again(seed):
     p = (log_a + features @ tilt).softmax(0)
     found = fit_tilt(log_a[x] - log_q, features[x], p @ features, tolerance=1e-10)
     torch.testing.assert_close(found, tilt, rtol=1e-5, atol=1e-6)
+
+
+def test_each_group_is_normalised_by_itself():
+    """Odds 1 to 1 and 1 to 4, of which half are wanted: those of both rise by the factor u = 2,
+    since 2/3 + 2/6 = 1. Weights per group do not count, nor does a group without any.
+    """
+    one = torch.tensor([[1.0, 0, 0, 0, 0], [1.0, 0, 0, 0, 0], [1.0, 0, 0, 0, 0]]).double()
+    log_weight = torch.tensor([[1.0, 1, -INFINITY, -INFINITY, -INFINITY], [7.0] * 5, [0.0] * 5])
+    log_weight[2] = -INFINITY
+    found = fit_tilt(log_weight, one.unsqueeze(-1), double(0.5))
+    assert found.item() == pytest.approx(math.log(2))
+    # As one group they would be 2 to 5, or whatever the weights make of them.
+    flat = fit_tilt(log_weight[:2].flatten(), one[:2].reshape(-1, 1), double(0.5))
+    assert abs(flat.item() - math.log(2)) > 0.1
+    with pytest.raises(ValueError, match=r"range.*\(0, 0.5\), got 0.6"):
+        never = one.clone()
+        never[1] = 0
+        fit_tilt(log_weight, never.unsqueeze(-1), double(0.6))
 
 
 def test_tolerance_is_in_the_units_of_the_moments():
