@@ -235,12 +235,12 @@ class TextWorld:
     def reset(self, seed: int) -> str:
         self._env.seed(seed)
         self._score = 0.0
-        return _without_status_line(self._env.reset().feedback)
+        return _tidied(self._env.reset().feedback)
 
     def step(self, action: str) -> tuple[str, float, bool, bool]:
         state, score, done = self._env.step(action)
         reward, self._score = score - self._score, score
-        return _without_status_line(state.feedback), reward, done, False
+        return _tidied(state.feedback), reward, done, False
 
     def close(self) -> None:
         self._env.close()
@@ -379,8 +379,10 @@ def _with_returns(turns: Sequence[Turn]) -> list[Turn]:
     return [turn._replace(episode_return=total) for turn in turns]
 
 
-def _without_status_line(feedback: str) -> str:
-    return feedback.rsplit("\n>", 1)[0].strip()
+def _tidied(feedback: str) -> str:
+    """Without the prompt and the status line, the logo, and blank lines."""
+    lines = feedback.rsplit("\n>", 1)[0].splitlines()
+    return "\n".join(line.strip() for line in lines if any(map(str.isalnum, line)))
 
 
 def _number(reward: Any, place: str) -> float:

@@ -90,13 +90,12 @@ class TextEncoder(nn.Module):
         texts = theirs.batch_decode(rows, skip_special_tokens=True)
         limit = min(own.model_max_length, self.model.config.max_position_embeddings)
         own.truncation_side, own.padding_side = "left", "right"
+        rows = own(texts, truncation=True, max_length=limit)["input_ids"]
         # A text without a token would have no state to take.
-        found = own(
-            [text or own.eos_token or own.sep_token for text in texts],
-            padding=True,
-            truncation=True,
-            max_length=limit,
-            return_tensors="pt",
+        marks = (own.eos_token_id, own.sep_token_id, own.pad_token_id, 0)
+        mark = next(token for token in marks if token is not None)
+        found = own.pad(
+            {"input_ids": [row or [mark] for row in rows]}, padding=True, return_tensors="pt"
         ).to(tokens.device)
         return found["input_ids"], found["attention_mask"].bool()
 
