@@ -857,7 +857,10 @@ def _finish_run(start: Callable[[], Any]) -> int:
         print(f"esscher: {stopped}", file=sys.stderr)
         return INTERRUPTED
     from esscher.report.page import write_report
+    from esscher.runtime.device import process_rank
 
+    if process_rank()[0] > 0:
+        return 0
     page = write_report([result.directory], result.directory / "report.html")
     evaluation = result.evaluation
     model = result.directory / "model"

@@ -360,8 +360,15 @@ def _with_whole_paths(stage: Stage) -> Stage:
         stage,
         data=whole_path(stage.data),
         model=replace(stage.model, source=whole_path(stage.model.source)),
-        text=replace(stage.text, held_out=whole_path(stage.text.held_out)),
+        text=replace(
+            stage.text, held_out=whole_path(stage.text.held_out), game=_whole_game(stage.text.game)
+        ),
     )
+
+
+def _whole_game(game: str | None) -> str | None:
+    kind, _, path = (game or "").partition(":")
+    return f"{kind}:{whole_path(path)}" if kind == "textworld" else game
 
 
 def whole_path(data: str | None) -> str | None:

@@ -16,7 +16,7 @@ from esscher.controller import Controller
 
 SUBJECTS = {  # what must stand before --help, for the options to be known
     **dict.fromkeys(("show", "run", "sweep", "prove"), ("sac",)),
-    **dict.fromkeys(("resume", "eval", "export"), ("RUN",)),
+    **dict.fromkeys(("resume", "eval", "sample", "export"), ("RUN",)),
 }
 
 
@@ -49,6 +49,7 @@ OPTIONS = {
     "run": ["--env.id", "--steps", "--seed", "--method.learning-rate", "--directory", "--log.to"],
     "resume": ["--step"],
     "eval": ["--episodes", "--json", "--env", "--stochastic", "--step"],
+    "sample": ["--prompt", "--seed", "--chat", "--decoding.temperature"],
     "prove": ["--seeds", "--out", "--claims", "--workers"],
     "sweep": ["--seeds", "--grid", "--engine", "--address", "--method.tau", "--retries"],
     "compare": ["--env.id", "--steps", "--seeds", "--hidden", "--as-published"],

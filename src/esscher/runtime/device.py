@@ -93,6 +93,22 @@ class Runtime:
         return function
 
 
+def join_processes(device: str) -> None:
+    """Join the processes that `accelerate launch` or torchrun has started beside this one, if any.
+
+    Raises:
+        UserError: accelerate is not installed.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone or torch.distributed.is_initialized():
+        return
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        raise UserError('several processes need: pip install "esscher[language]"') from None
+    PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+
+
 def process_rank() -> tuple[int, int]:
     """Which process this is, and how many train together (torch.distributed; alone: 0 of 1)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,12 @@ from esscher.loops.online import LoopState, Progress, crossed
 from esscher.registry import load_method
 from esscher.runtime import checkpoint as checkpoints
 from esscher.runtime.checkpoint import write_atomically
-from esscher.runtime.device import Runtime
+from esscher.runtime.device import (
+    Runtime,
+    join_processes,
+    process_rank,
+    sum_over_processes,
+)
 from esscher.runtime.display import Display
 from esscher.runtime.evaluate import Evaluation
 from esscher.runtime.metrics import Averager, MetricsLog, check_trackers
@@ -59,10 +66,11 @@ def run(
         UserError: bad input, found before training starts, or a reward that is not finite.
         Interrupted: on Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    run_folder = fresh_folder(experiment) if directory is None else Path(directory)
-    with _full_disk_explained(run_folder):
+    _join(experiment)
+    chosen = fresh_folder(experiment) if directory is None else Path(directory)
+    with _own_folder(chosen) as run_folder, _full_disk_explained(run_folder):
         write_config(experiment, run_folder)
-    return _train(run_folder, None, display)
+        return _train(run_folder, None, display)
 
 
 def resume(directory: str | Path, *, step: int | None = None, display: bool = True) -> Result:
@@ -74,15 +82,15 @@ def resume(directory: str | Path, *, step: int | None = None, display: bool = Tr
     Raises:
         UserError: not a run folder, a damaged checkpoint, or one of another version.
     """
-    run_folder = Path(directory)
-    read_experiment(run_folder)  # Whatever is wrong with the folder is said first.
-    result = read_result(run_folder)
+    shared = Path(directory)
+    _join(read_experiment(shared))  # Whatever is wrong with the folder is said first.
+    result = read_result(shared)
     if result is not None and step is None:
         return result
-    if step is None and not checkpoints.steps(run_folder):
-        return _train(run_folder, None, display)
-    checkpoint = checkpoints.load(run_folder, step)
-    return _train(run_folder, checkpoint, display)
+    fresh = step is None and not checkpoints.steps(shared)
+    checkpoint = None if fresh else checkpoints.load(shared, step)
+    with _own_folder(shared) as run_folder:
+        return _train(run_folder, checkpoint, display)
 
 
 def write_config(experiment: Experiment, run_folder: Path) -> None:
@@ -220,16 +228,19 @@ class _Run:
                 self.last_evaluation = (checkpoint.step, Evaluation(**meta["evaluation"]))
             (folder / "result.json").unlink(missing_ok=True)
             checkpoints.discard_after(folder, checkpoint.step)
+        first = parts.runtime.rank == 0
         self.log = MetricsLog(
             folder,
-            experiment.log.to,
+            experiment.log.to if first else (),
             f"{experiment.name}_seed{experiment.seed}",
             experiment.to_json(),
             offset,
             parts.loop.step,
         )
         title = f"{experiment.name} on {experiment.subject}"
-        self.display = Display(title, self.stage.steps, parts.loop.step) if display else None
+        self.display = None
+        if display and first:
+            self.display = Display(title, self.stage.steps, parts.loop.step)
         if self.display and parts.inexact_because:
             self.display.note(f"resume: {self._exact_because()}")
         self.began = time.monotonic()
@@ -239,6 +250,7 @@ class _Run:
         step = parts.loop.step
         try:
             for progress in self._iterations():
+                self._agree(requested)
                 parts.averager.add(progress.metrics, progress.episodes)
                 advance, step = progress.step - step, progress.step
                 if crossed(step, advance, experiment.log.every):
@@ -257,6 +269,15 @@ class _Run:
             self.log.close()
             if self.display:
                 self.display.close()
+
+    def _agree(self, requested: list[int]) -> None:
+        """Several processes stop together, or one would wait for the other for ever."""
+        if self.parts.runtime.world == 1:
+            return
+        asked = torch.tensor([float(bool(requested))], device=self.parts.runtime.device)
+        sum_over_processes([asked])
+        if asked.item() and not requested:
+            requested.append(0)
 
     def _iterations(self) -> Iterator[Progress]:
         parts = self.parts
@@ -372,6 +393,37 @@ class _Run:
         pictures.mkdir(exist_ok=True)
         for name, figure in draw().items():
             write_png(figure, pictures / f"{name}.png")
+
+
+def _join(experiment: Experiment) -> None:
+    """Join other processes, where there are any.
+
+    Raises:
+        UserError: the method cannot share its work.
+    """
+    join_processes(experiment.runtime.device)
+    world = process_rank()[1]
+    if world > 1 and load_method(experiment.slug).world != "language":
+        raise UserError(
+            f"{experiment.slug} trains in one process, and {world} were started: use esscher sweep "
+            "for many runs at once"
+        )
+
+
+@contextmanager
+def _own_folder(run_folder: Path) -> Iterator[Path]:
+    """The first process writes the run folder; what the others write is thrown away."""
+    if process_rank()[0] == 0:
+        yield run_folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        own = Path(temporary) / "run"
+        if (run_folder / "checkpoints").exists():
+            own.mkdir()
+            for name in ("config.json", "metrics.jsonl"):
+                if (run_folder / name).exists():
+                    shutil.copy(run_folder / name, own / name)
+        yield own
 
 
 @contextmanager
