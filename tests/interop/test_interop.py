@@ -18,11 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import esscher
 from esscher.controller import Controller
 from esscher.errors import UserError
-from esscher.registry import catalogue
 from esscher.types import Spec
-from support import Killed, die_after, learner, smoke, spec_of, train, train_until
+from support import Killed, die_after, learner, of_world, smoke, spec_of, train, train_until
 
-SLUGS = list(catalogue())
+SLUGS = of_world("control")
 SPEC = Spec(obs_shape=(5,), action_shape=(2,), action_low=(-2.0, 0.1), action_high=(2.0, 0.3))
 
 
