@@ -31,7 +31,8 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[LanguageModel
     """
     assert config.source is not None
     if ":" in config.source and not Path(config.source).exists():
-        model, tokenizer = users_own(config.source, "model")(**config.kwargs)
+        with torch.enable_grad():  # Such a function may train what it returns.
+            model, tokenizer = users_own(config.source, "model")(**config.kwargs)
     else:
         model, tokenizer = _pretrained(config.source)
     _check(model, tokenizer, config.source)
@@ -60,7 +61,7 @@ def frozen_model(source: str, device: torch.device, setting: str) -> tuple[Langu
         UserError: as `load_model` does.
     """
     if ":" in source and not Path(source).exists():
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.enable_grad():
             seed_phase(0, 0, Phase.INITIALISE)
             model, tokenizer = users_own(source, setting)()
     elif (Path(source) / "adapter_config.json").exists():
