@@ -56,6 +56,7 @@ class LanguageWorld:
     """
 
     inexact_because: str | None = None
+    judged_before: bool = True
 
     def __init__(self, experiment: Experiment, runtime: Runtime, *, with_text: bool = True):
         self.experiment, self.runtime = experiment, runtime

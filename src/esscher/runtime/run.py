@@ -249,6 +249,8 @@ class _Run:
         experiment, parts = self.experiment, self.parts
         step = parts.loop.step
         try:
+            if step == 0 and parts.world.judged_before and experiment.evaluation.every > 0:
+                self._evaluate()
             for progress in self._iterations():
                 self._agree(requested)
                 parts.averager.add(progress.metrics, progress.episodes)

@@ -30,6 +30,8 @@ class World(Protocol):
     kind: str
     spec: Any
     inexact_because: str | None
+    judged_before: bool
+    """Whether what training begins with is worth an evaluation."""
 
     def experience(self, method: Any) -> Any: ...
 
@@ -81,6 +83,8 @@ def world_of(experiment: Experiment, runtime: Runtime) -> World:
 
 class ControlWorld:
     """Environments, with logged steps where the method reads any."""
+
+    judged_before: bool = False
 
     def __init__(self, experiment: Experiment, runtime: Runtime):
         self.experiment, self.runtime = experiment, runtime

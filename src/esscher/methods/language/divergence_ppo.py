@@ -2,8 +2,8 @@
 
 The baseline of f-DPO: the same problem, max E[r] - coefficient D_f(pi || pi_ref), by rewards and
 rollouts in place of pairs. Each token is an action; the completion's reward comes with its last token,
-and a critic of its own gives every token a value. With k = pi_ref / pi of a token and g the generator of D_f
-written in k, a token pays
+and a critic of its own gives every token a value. With k = pi_ref / pi of a token and g the generator
+of D_f written in k, a token pays
 
     penalty = g(k) - g'(1) (k - 1)      never negative, and D_f on average
 
