@@ -1,9 +1,12 @@
 """GRPO iterations (write, judge, learn) end to end: this library against TRL's GRPOTrainer, as a ratio.
 
-Same untrained Llama with the same tokenizer (4 layers of width 128, bytes), same prompts, reward,
-completions a prompt and longest completion, one optimiser step an iteration on all completions, same
-loss (group mean, batch deviation, mean over tokens, no reference), float32, same threads. Each
-repetition is a fresh process of either, in turn, timed by itself after the first iterations.
+Same untrained Llama with the same tokenizer, same prompts, reward, completions a prompt and longest
+completion, one optimiser step an iteration on all completions, same loss (group mean, batch deviation,
+mean over tokens, no reference), float32, same threads. Each repetition is a fresh process of either, in
+turn, timed by itself after the first iterations. Two models:
+
+    words   4 layers of width 256, 32,000 tokens, as in dpo_speed.py: what real tokenizers come near
+    bytes   4 layers of width 128, 259 tokens: all that is left is the layers, which both share
 
     python benchmarks/grpo_speed.py                 writes benchmarks/grpo_speed.json
 """
@@ -21,9 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-PROMPTS, GROUP, LENGTH = 16, 8, 64
-MODEL = {"layers": 4, "width": 128, "context": 256}
-SETTLE = 3
+GROUP, LENGTH, SETTLE = 8, 64, 2
+PROMPTS = {"words": 4, "bytes": 16}
 HERE = Path(__file__).parent
 
 
@@ -32,7 +34,19 @@ def digits(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
     return sum(letter.isdigit() for letter in completion) / max(len(completion), 1)
 
 
-def esscher(threads: int, steps: int) -> float:
+def model_of(kind: str) -> tuple[Any, Any]:
+    """A Llama and its tokenizer: bytes, or bytes and so many words that none will be asked for."""
+    from esscher.models import tiny_llama
+
+    if kind == "bytes":
+        return tiny_llama(layers=4, width=128, context=256)
+    model, tokenizer = tiny_llama(layers=4, width=256, context=256)
+    tokenizer.add_tokens([f"word{number} " for number in range(32_000 - len(tokenizer))])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return model, tokenizer
+
+
+def esscher(kind: str, threads: int, steps: int) -> float:
     """Milliseconds an iteration, from the run's own metrics."""
     import esscher
     from esscher.experiment import ModelConfig, TextConfig
@@ -42,13 +56,13 @@ def esscher(threads: int, steps: int) -> float:
     os.environ["PYTHONPATH"] = f"{HERE}{os.pathsep}{path}"  # Where the judge's process finds this.
     experiment = esscher.Experiment.of(
         Config(
-            batch_size=PROMPTS,
+            batch_size=PROMPTS[kind],
             group_size=GROUP,
             num_minibatches=1,
             max_new_tokens=LENGTH,
             learning_rate=1e-4,
         ),
-        model=ModelConfig(source="esscher.models:tiny_llama", kwargs=dict(MODEL)),
+        model=ModelConfig(source="grpo_speed:model_of", kwargs={"kind": kind}),
         data="esscher.datasets:sums_asked",
         text=TextConfig(reward="grpo_speed:digits"),
         steps=SETTLE + steps,
@@ -65,7 +79,7 @@ def esscher(threads: int, steps: int) -> float:
     return (seconds[SETTLE + steps] - seconds[SETTLE]) / steps * 1e3
 
 
-def trl(threads: int, steps: int) -> float:
+def trl(kind: str, threads: int, steps: int) -> float:
     """Milliseconds an iteration, by a callback at the same two iterations."""
     import torch
     from datasets import Dataset
@@ -73,7 +87,6 @@ def trl(threads: int, steps: int) -> float:
     from trl import GRPOConfig, GRPOTrainer
 
     from esscher.datasets import sums_asked
-    from esscher.models import tiny_llama
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -88,12 +101,12 @@ def trl(threads: int, steps: int) -> float:
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         return [digits(p, c, {}) for p, c in zip(prompts, completions, strict=True)]
 
-    model, tokenizer = tiny_llama(**MODEL)
+    model, tokenizer = model_of(kind)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder,
-            per_device_train_batch_size=PROMPTS * GROUP,
+            per_device_train_batch_size=PROMPTS[kind] * GROUP,
             num_generations=GROUP,
             max_completion_length=LENGTH,
             max_steps=SETTLE + steps,
@@ -125,34 +138,41 @@ def trl(threads: int, steps: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE / "grpo_speed.json")
-    parser.add_argument("--only", choices=("esscher", "trl"))
+    parser.add_argument("--only", nargs=2, metavar=("PROGRAM", "MODEL"))
     options = parser.parse_args()
     if options.only:
-        measure = {"esscher": esscher, "trl": trl}[options.only]
-        print(json.dumps(measure(options.threads, options.steps)))
+        measure = {"esscher": esscher, "trl": trl}[options.only[0]]
+        print(json.dumps(measure(options.only[1], options.threads, options.steps)))
         return
     from importlib.metadata import version
 
     import torch
 
     sizes = ["--steps", str(options.steps), "--threads", str(options.threads)]
-    times: dict[str, list[float]] = {"trl": [], "esscher": []}
+    times: dict[str, dict[str, list[float]]] = {
+        kind: {"trl": [], "esscher": []} for kind in PROMPTS
+    }
     for repetition in range(options.repetitions):
-        for name in times:
-            command = [sys.executable, __file__, "--only", name, *sizes]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            times[name].append(json.loads(output.strip().splitlines()[-1]))
-            print(f"{repetition} {name}: {times[name][-1]:.0f} ms an iteration", flush=True)
-    ratios = [other / mine for other, mine in zip(times["trl"], times["esscher"], strict=True)]
+        for kind, of_kind in times.items():
+            for name, measured in of_kind.items():
+                command = [sys.executable, __file__, "--only", name, kind, *sizes]
+                output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                measured.append(json.loads(output.strip().splitlines()[-1]))
+                told = f"{measured[-1]:.0f} ms an iteration"
+                print(f"{repetition} {kind} {name}: {told}", flush=True)
+    ratios = {
+        kind: [other / mine for other, mine in zip(found["trl"], found["esscher"], strict=True)]
+        for kind, found in times.items()
+    }
     record = {
-        "what": f"one iteration of GRPO, {PROMPTS} prompts x {GROUP} completions of at most {LENGTH} "
-        f"tokens, Llama of {MODEL['layers']} layers, width {MODEL['width']}",
+        "what": f"one iteration of GRPO, {GROUP} completions of at most {LENGTH} tokens of each of "
+        f"{PROMPTS['words']} prompts (words) or {PROMPTS['bytes']} (bytes)",
         "milliseconds_an_iteration": times,
         "times_faster_than_trl": ratios,
-        "median_times_faster": statistics.median(ratios),
+        "median_times_faster": {kind: statistics.median(x) for kind, x in ratios.items()},
         "threads": options.threads,
         "steps": options.steps,
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""One thread, and shapes checked at run time: both before esscher is first imported."""
+"""One thread, no hub to wait for, and shapes checked at run time: before esscher is first imported."""
 
 import os
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ import jaxtyping
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("support")
 

@@ -204,8 +204,9 @@ def test_forward_passes_shrink_as_rows_end() -> None:
     lengths = drawn.completion_mask.sum(-1)
     assert sizes[0] == 1, "a prompt is read once, however many completions it gets"
     for position, size in enumerate(sizes[1:], 1):
-        ended = (lengths <= position) & drawn.finished
-        assert size == 30 - int(ended.sum())
+        going = 30 - int(((lengths <= position) & drawn.finished).sum())
+        assert going <= size <= going / 0.75
+    assert len(set(sizes[1:])) > 2
 
 
 def test_dropout_is_off_in_training() -> None:

@@ -24,6 +24,7 @@ from esscher.functional.sequences import (
 )
 from esscher.samplers.decoding import Decoding
 from esscher.samplers.generation import complete
+from esscher.samplers.key_values import roomy
 from esscher.types import Completions
 
 
@@ -211,7 +212,8 @@ class LanguageModel(nn.Module):
         """
         with self._as_configured():
             output = self._step(tokens, mask, cache)
-        return output.logits[:, -1], getattr(output, self._cache_name)
+        cache = getattr(output, self._cache_name)
+        return output.logits[:, -1], cache if torch.is_grad_enabled() else roomy(cache)
 
     def generate(
         self,

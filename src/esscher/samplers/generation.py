@@ -1,7 +1,7 @@
 """Completions, token by token: one loop for every rule of what comes next.
 
 A rule says how likely each next token is, and hands back what it wants to remember. The loop draws
-from it, keeps what was drawn, and drops rows that are done.
+from it, keeps what was drawn, and drops rows that are done as soon as they are many.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,9 @@ Rows are padded on the left. The cache is None at first, and then what the rule 
 are those that it has not seen, `mask` tells all of them from padding. A cache must be able to
 `batch_repeat_interleave(copies)` and `batch_select_indices(rows)`, as those of transformers are.
 """
+
+KEPT_SHARE = 0.75
+"""Rows that are done are dropped when fewer than this share is left: dropping copies the whole cache."""
 
 
 @torch.no_grad()
@@ -70,19 +73,20 @@ def complete(
     for position in range(limit):
         distribution = decoding_log_probs(logits, decoding)
         token = draw(distribution, uniform[rows, position])
-        tokens[rows, position] = token
-        logp[rows, position] = distribution.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-        length[rows] = position + 1
-        ended = torch.isin(token, ends)
-        finished[rows] = ended
-        if position + 1 == limit:
+        going = ~finished[rows]
+        tokens[rows, position] = torch.where(going, token, pad_token)
+        told = distribution.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        logp[rows, position] = torch.where(going, told, 0.0)
+        length[rows] += going
+        finished[rows] |= torch.isin(token, ends)
+        going = ~finished[rows]
+        left = int(going.sum())
+        if left == 0 or position + 1 == limit:
             break
-        if ended.any():
-            going = (~ended).nonzero().squeeze(-1)
-            if len(going) == 0:
-                break
-            rows, token, mask = rows[going], token[going], mask[going]
-            cache.batch_select_indices(going)
+        if left < KEPT_SHARE * len(rows):
+            kept = going.nonzero().squeeze(-1)
+            rows, token, mask = rows[kept], token[kept], mask[kept]
+            cache.batch_select_indices(kept)
         mask = nn.functional.pad(mask, (0, 1), value=True)
         logits, cache = next_logits(token.unsqueeze(-1), mask, cache)
     longest = int(length.max())
