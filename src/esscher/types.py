@@ -220,6 +220,16 @@ class Scored(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Chain:
+    """Samples on their way from noise, in coordinates x = x0 + sigma eps."""
+
+    x: Float[Tensor, "levels b *d"]
+    sigma: Float[Tensor, "levels"]
+    logp: Float[Tensor, "steps b"]
+    """Log-probability of each step, in nats; 0 where it was no draw."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidates:
     """Individuals to be judged, an episode each: first networks of their own, then one network
     that is asked for descriptors.

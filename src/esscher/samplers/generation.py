@@ -24,7 +24,7 @@ are those that it has not seen, `mask` tells all of them from padding. A cache m
 """
 
 KEPT_SHARE = 0.75
-"""Rows that are done are dropped when fewer than this share is left: dropping copies the whole cache."""
+"""Rows that are done are dropped when fewer than this share is left: dropping copies the cache."""
 
 
 @torch.no_grad()

@@ -1,0 +1,658 @@
+"""Diffusion models from where users keep them, and back: pipelines of the diffusers library in folders
+or under hub names, functions of the user's own; adapters of peft on top.
+
+Weights are read from safetensors only, and no code that comes with a model is run.
+
+| pipeline | draws by | sample |
+|---|---|---|
+| StableDiffusionPipeline | `prompt` | latent |
+| DiTPipeline | `label` | latent |
+| DDPMPipeline, DDIMPipeline (UNet2DModel) | `label` where it has classes, else nothing | image |
+
+What a scheduler does besides its noise levels (clipping or thresholding of the clean estimate) is left
+out: a denoiser's estimate stays what the network says.
+"""
+
+import copy
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from esscher.adapters.imports import needed, users_own
+from esscher.adapters.models import digest_of as digest_of
+from esscher.distributions.diffusion import DiffusionModel
+from esscher.errors import UserError, nearest, require
+from esscher.experiment import ModelConfig
+from esscher.functional.diffusion import (
+    BetaSchedule,
+    Prediction,
+    alpha_bars,
+    denoised_of,
+    input_scale,
+    karras_sigmas,
+    over,
+    sigma_of_alpha_bar,
+)
+from esscher.samplers.denoisers import Condition, Discrete
+
+Levels = Callable[[int], Float[Tensor, "k"]]
+"""Number of steps -> noise levels, falling, and the last one below them."""
+
+NETWORKS = {
+    "StableDiffusionPipeline": "unet",
+    "DiTPipeline": "transformer",
+    "DDPMPipeline": "unet",
+    "DDIMPipeline": "unet",
+}
+STEPS_OF_TRAINING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
+SIGMAS = (
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+OTHER_SPACINGS = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+)
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+LEAST_SIGNAL = 2.0**-24
+"""Share of the signal's variance at a last step that has none; diffusers takes the same."""
+LATEST = 1 - 1e-6
+"""Time at which a flow begins; at 1 there would be noise alone, and no finite noise level."""
+
+
+def load_diffusion(config: ModelConfig, device: torch.device) -> DiffusionModel:
+    """The model to be trained, or only drawn from.
+
+    A function of the user's own returns a pipeline of diffusers, a `DiffusionModel`, or a denoiser
+    D(x, sigma, condition) with the attribute `shape` of one sample; of a denoiser the attributes
+    `levels`, `null`, `encode`, `decode` and `columns` are read if they are there, as they are told to
+    a `DiffusionModel`. Its default levels are those of Karras et al., from 80 to 0.002 and then 0.
+
+    Args:
+        config: `source` says where; kwargs go to a module:function, else they may hold null_class,
+            the class that stands for none (of a UNet2DModel: a DiT says so itself).
+        device: where to put it.
+
+    The safety checker of a pipeline is neither read nor saved.
+
+    Raises:
+        UserError: no such model, weights that would have to be unpickled, a pipeline, network or
+            scheduler of a kind that is not listed here, or one whose noise levels are not finite.
+    """
+    assert config.source is not None
+    own = ":" in config.source and not Path(config.source).exists()
+    if own:
+        with torch.enable_grad():  # Such a function may train what it returns.
+            found = users_own(config.source, "model")(**config.kwargs)
+    else:
+        found = _pretrained(config.source)
+    if type(found).__name__ in NETWORKS:
+        return _of_pipeline(found, config, device, _null_class(found, config, own))
+    if config.lora_rank or config.gradient_checkpointing:
+        field = "lora_rank" if config.lora_rank else "gradient_checkpointing"
+        raise UserError(
+            f"model.{field} is for pipelines of diffusers, and {config.source} is a module of your "
+            "own: do it there"
+        )
+    return _of_users(found, config.source).to(device)
+
+
+def save_diffusion(model: DiffusionModel, folder: Path, *, adapters_only: bool = False) -> Path:
+    """Write a folder that DiffusionPipeline.from_pretrained opens, whole or not at all.
+
+    Adapters are written into the weights that they change. Of a module of the user's own the state is
+    written, as model.safetensors.
+
+    Args:
+        model: from `load_diffusion`.
+        folder: replaced if it is there.
+        adapters_only: only the adapters, as pytorch_lora_weights.safetensors, which
+            pipeline.load_lora_weights opens.
+
+    Raises:
+        UserError: adapters_only of a model without, or whose pipeline cannot open them.
+    """
+    pipeline: Any = model.pipeline
+    network: Any = None if pipeline is None else model.denoiser.network.inner
+    adapted = hasattr(network, "merge_and_unload")
+    if adapters_only and not (adapted and hasattr(pipeline, "load_lora_weights")):
+        kind = "a model of your own" if pipeline is None else type(pipeline).__name__
+        raise UserError(
+            f"adapters can be saved alone where a pipeline has them and can open them, and this is "
+            f"{kind} {'with' if adapted else 'without'} adapters: save the whole model"
+        )
+    writing = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    if pipeline is None:
+        _save_state(model, writing)
+    else:
+        with _no_progress_bars():
+            if adapters_only:
+                layers = _adapter_state(network)
+                type(pipeline).save_lora_weights(writing, unet_lora_layers=layers)
+            else:
+                _whole(pipeline, network).save_pretrained(writing, safe_serialization=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(writing, folder)
+    return folder
+
+
+# ---- noise levels
+
+
+def noise_table(scheduler: Any) -> Float[Tensor, "t"]:
+    """Share of the signal's variance after each training step, in float64.
+
+    Betas rescaled to leave no signal (Lin et al. 2024, arXiv 2305.08891, algorithm 1) keep 2^-24 of it
+    at the last step, or half of what the step before has if that is less, so that its noise level is
+    finite: 4096 or more.
+
+    Raises:
+        UserError: the signal is lost and the network predicts the noise, which then says nothing.
+    """
+    config = scheduler.config
+    betas = config.get("trained_betas")
+    if betas is not None:
+        table = (1 - torch.as_tensor(list(betas), dtype=torch.float64)).cumprod(0)
+    elif config.beta_schedule in get_args(BetaSchedule):
+        steps, ends = config.num_train_timesteps, (config.beta_start, config.beta_end)
+        try:
+            table = alpha_bars(config.beta_schedule, steps, *ends)
+        except ValueError as error:
+            raise UserError(f"{type(scheduler).__name__}: {error}") from error
+    else:
+        return scheduler.alphas_cumprod.double().clone()
+    if config.get("rescale_betas_zero_snr", False):
+        if config.prediction_type == "epsilon":
+            raise UserError(
+                "the scheduler rescales its betas so that the last step has no signal "
+                "(rescale_betas_zero_snr), and the network predicts the noise, from which no image "
+                "follows there: set rescale_betas_zero_snr to false in scheduler_config.json"
+            )
+        root = table.sqrt()
+        table = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+        before = float(table[-2])
+        table[-1] = LEAST_SIGNAL if before > LEAST_SIGNAL else before / 2
+    return table
+
+
+def levels_of(scheduler: Any) -> Levels:
+    """Steps -> the noise levels that a scheduler would take, by its spacing and its last level.
+
+    A step that would not change the noise level is left out.
+
+    Raises:
+        UserError: from the levels, if there are more steps than can be taken.
+    """
+    name, most = type(scheduler).__name__, scheduler.config.num_train_timesteps
+    flow = _is_flow(scheduler)
+    table = torch.ones(0) if flow else sigma_of_alpha_bar(noise_table(scheduler))
+    other = any(scheduler.config.get(spacing, False) for spacing in OTHER_SPACINGS)
+    other = other or scheduler.config.get("interpolation_type", "linear") != "linear"
+    if name in STEPS_OF_TRAINING:
+        ends_clean = scheduler.config.get("set_alpha_to_one", True)
+        if name == "PNDMScheduler":
+            # Its own steps come twice; those of DDIM are the same without.
+            diffusers: Any = needed("diffusers", name, "diffusion")
+            scheduler = diffusers.DDIMScheduler.from_config(scheduler.config)
+    else:
+        ends_clean = scheduler.config.get("final_sigmas_type", "zero") == "zero"
+
+    def levels(steps: int) -> Float[Tensor, "k"]:
+        require("steps", steps, 1 <= steps <= most, f"in [1, {most}]")
+        asked = copy.deepcopy(scheduler)
+        asked.set_timesteps(steps)
+        if flow:
+            time = asked.sigmas.double().clamp(max=LATEST)
+            found = time / (1 - time)
+        elif other:
+            found = asked.sigmas.double()
+        else:
+            last = table.new_zeros(1) if ends_clean else table[:1]
+            found = torch.cat([_between(table, asked.timesteps.double()), last])
+        changes = torch.ones(len(found), dtype=torch.bool)
+        changes[1:] = found[1:] != found[:-1]
+        return found[changes]
+
+    return levels
+
+
+def _between(table: Tensor, place: Tensor) -> Tensor:
+    """A table's value at places between its rows."""
+    if float(place.max()) > len(table) - 1:
+        raise UserError(
+            f"the scheduler begins at step {float(place.max()):g} of 0 to {len(table) - 1}: take "
+            "fewer steps, or set steps_offset to 0 in scheduler_config.json"
+        )
+    low = place.floor().long()
+    high = place.ceil().long()
+    return table[low] + (place - low) * (table[high] - table[low])
+
+
+def _is_flow(scheduler: Any) -> bool:
+    config = scheduler.config
+    return type(scheduler).__name__ in FLOWS or bool(config.get("use_flow_sigmas", False))
+
+
+def _denoiser(network: nn.Module, scheduler: Any) -> nn.Module:
+    name, config = type(scheduler).__name__, scheduler.config
+    known = (*STEPS_OF_TRAINING, *SIGMAS, *FLOWS)
+    if name not in known:
+        raise UserError(
+            f"the noise levels of {name} are not known here ({nearest(name, known)}): save the "
+            "pipeline with the scheduler that the model was trained with"
+        )
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise UserError(f"{name} has continuous steps (timestep_type), which are not supported")
+    if _is_flow(scheduler):
+        if config.get("use_dynamic_shifting", False) or config.get("invert_sigmas", False):
+            raise UserError(
+                f"{name} shifts its steps by the size of the image, or counts them backwards "
+                "(use_dynamic_shifting, invert_sigmas), which is not supported"
+            )
+        return FlowMatching(network, config.num_train_timesteps)
+    predictions = get_args(Prediction)
+    if config.prediction_type not in predictions[:-1]:
+        raise UserError(
+            f"{name} has prediction_type {config.prediction_type!r}: "
+            f"{nearest(config.prediction_type, predictions[:-1])}"
+        )
+    return Discrete(network, noise_table(scheduler), config.prediction_type)
+
+
+class FlowMatching(nn.Module):
+    """A network trained to predict the flow eps - x0 of z = (1 - t) x0 + t eps.
+
+    Args:
+        network: (z "b *d", T t "b", condition) -> output "b *d".
+        train_steps: T, what times are multiplied by.
+    """
+
+    def __init__(self, network: Callable[[Tensor, Tensor, Condition], Tensor], train_steps: int):
+        super().__init__()
+        self.network, self.train_steps = network, train_steps
+
+    def forward(
+        self, x: Float[Tensor, "b *d"], sigma: Float[Tensor, "b"], condition: Condition = None
+    ) -> Float[Tensor, "b *d"]:
+        z = x * over(input_scale("flow_prediction", sigma), x)
+        time = sigma / (1 + sigma) * self.train_steps
+        return denoised_of("flow_prediction", self.network(z, time, condition), x, sigma)
+
+
+# ---- the parts of a pipeline
+
+
+class Network(nn.Module):
+    """A U-Net or transformer of diffusers, called alike; never in training mode.
+
+    What a step's probability is must not depend on who asks, so nothing is dropped at random (a DiT
+    would drop labels). Of outputs with twice the channels the second half, learned variances, is left
+    out.
+
+    Args:
+        inner: of diffusers, with adapters around it or not.
+        told_as: the argument that takes the condition; None: it takes none.
+        column: what the condition is made of, for messages.
+    """
+
+    def __init__(self, inner: nn.Module, told_as: str | None, column: str | None):
+        super().__init__()
+        self.inner, self.told_as, self.column = inner, told_as, column
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "Network":
+        return super().train(False)
+
+    def forward(
+        self, z: Float[Tensor, "b *d"], timestep: Float[Tensor, "b"], condition: Condition
+    ) -> Float[Tensor, "b *d"]:
+        if (condition is None) != (self.told_as is None) or isinstance(condition, Mapping):
+            raise UserError(
+                "this model draws without conditions: leave them out"
+                if self.told_as is None
+                else f"this model draws by {self.column}: give it the condition that encode makes"
+            )
+        weights = next(self.inner.parameters()).dtype
+        told = {}
+        if isinstance(condition, Tensor) and self.told_as is not None:
+            whole = not condition.is_floating_point()
+            told = {self.told_as: condition if whole else condition.to(weights)}
+        # A step found from its noise level is whole up to rounding.
+        nearby = timestep.round()
+        timestep = torch.where((timestep - nearby).abs() < 1e-3, nearby, timestep)
+        output = self.inner(z.to(weights), timestep, return_dict=False, **told)[0]
+        return output[:, : z.shape[1]].to(z.dtype)
+
+
+class _Part(nn.Module):
+    """A part of a pipeline that is not trained."""
+
+    def __init__(self, part: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.part: Any = _in(dtype, part).requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "_Part":
+        return super().train(False)
+
+
+class TextEncoder(_Part):
+    """Prompts -> states of a text encoder, cut and filled up as the pipeline does it."""
+
+    def __init__(self, pipeline: Any, dtype: torch.dtype):
+        super().__init__(pipeline.text_encoder, dtype)
+        self._pipeline = pipeline
+
+    @torch.no_grad()
+    def forward(self, rows: Sequence[Mapping[str, Any]]) -> Float[Tensor, "b l d"]:
+        prompts = [row.get("prompt") for row in rows]
+        for number, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise UserError(f"row {number}: prompt must be text, got {prompt!r}")
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        device = self.part.device
+        states = self._pipeline.encode_prompt(list(places), device, 1, False)[0].float()
+        return states[torch.tensor([places[prompt] for prompt in prompts], device=device)]
+
+
+class Decoder(_Part):
+    """Latents -> images in [0, 1]."""
+
+    def __init__(self, autoencoder: Any, dtype: torch.dtype):
+        super().__init__(autoencoder, dtype)
+        self._scale = float(autoencoder.config.scaling_factor)
+
+    def forward(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k i j"]:
+        latent = (x0 / self._scale).to(self.part.dtype)
+        return _image(self.part.decode(latent, return_dict=False)[0].float())
+
+
+class Labels(nn.Module):
+    """Class labels, as numbers or by name -> numbers.
+
+    Args:
+        count: of classes.
+        names: of classes that have one.
+        null: a number that stands for no class, beside `count` of them or among them.
+    """
+
+    def __init__(self, count: int, names: Mapping[str, int], null: int | None):
+        super().__init__()
+        self._count, self._names, self._null = count, dict(names), null
+        self.register_buffer("_place", torch.zeros(0), persistent=False)
+
+    _place: Tensor
+
+    def forward(self, rows: Sequence[Mapping[str, Any]]) -> Int[Tensor, "b"]:
+        numbers = [self._number(number, row.get("label")) for number, row in enumerate(rows)]
+        return torch.tensor(numbers, dtype=torch.long, device=self._place.device)
+
+    def _number(self, row: int, label: Any) -> int:
+        if isinstance(label, str) and label not in self._names:
+            known = nearest(label, self._names) if self._names else "this model's have no names"
+            raise UserError(f"row {row}: label {label!r} is no class of this model: {known}")
+        found = self._names[label] if isinstance(label, str) else label
+        whole = isinstance(found, int) and not isinstance(found, bool)
+        if not whole or not (0 <= found < self._count or found == self._null):
+            raise UserError(f"row {row}: label must be in [0, {self._count}), got {label!r}")
+        return found
+
+
+def _in(dtype: torch.dtype, module: Any) -> Any:
+    """A part with its weights in another precision; diffusers' own `to` warns without a reason."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def _image(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+# ---- from a pipeline, and from what is the user's own
+
+
+def _of_pipeline(
+    pipeline: Any, config: ModelConfig, device: torch.device, null_class: int | None
+) -> DiffusionModel:
+    name, dtype = type(pipeline).__name__, getattr(torch, config.dtype)
+    network: Any = getattr(pipeline, NETWORKS[name])
+    _check_network(name, network.config)
+    size, channels = network.config.sample_size, network.config.in_channels
+    shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
+    if config.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if config.lora_rank:
+        network = _with_adapters(network, config)
+    else:
+        _in(torch.float32, network).requires_grad_(True)
+    told: Any = {}
+    decode: Any = _image
+    if name == "StableDiffusionPipeline":
+        told = {"encode": TextEncoder(pipeline, dtype).to(device), "columns": ["prompt"]}
+        wrapped = Network(network, "encoder_hidden_states", "prompt")
+    elif (classes := _classes(name, network.config, null_class)) is not None:
+        count, null_class = classes
+        encode = Labels(count, getattr(pipeline, "labels", {}), null_class)
+        told = {"encode": encode, "columns": ["label"]}
+        wrapped = Network(network, "class_labels", "label")
+    else:
+        wrapped = Network(network, None, None)
+    if hasattr(pipeline, "vae"):
+        if config.gradient_checkpointing:
+            pipeline.vae.enable_gradient_checkpointing()
+        decode = Decoder(pipeline.vae, dtype)
+    model = DiffusionModel(
+        _denoiser(wrapped, pipeline.scheduler),
+        shape,
+        levels_of(pipeline.scheduler),
+        decode=decode,
+        frozen_dtype=dtype,
+        **told,
+    ).to(device)
+    if name == "StableDiffusionPipeline":
+        model.null = model.encode([{"prompt": ""}])
+    elif null_class is not None:
+        model.null = torch.tensor([null_class], device=device)
+    model.pipeline = pipeline
+    return model
+
+
+def _classes(name: str, config: Any, null: int | None) -> tuple[int, int | None] | None:
+    """How many classes there are, and what stands for none of them; None: there are no classes."""
+    if name == "DiTPipeline":
+        return config.num_embeds_ada_norm, config.num_embeds_ada_norm
+    count = config.num_class_embeds
+    if null is not None:
+        most = 0 if count is None else count
+        require("null_class", null, 0 <= null < most, f"one of this model's {most} classes")
+    if count is None:
+        return None
+    # A null class behind the others is not one of them.
+    return count - (null == count - 1), null
+
+
+def _null_class(pipeline: Any, config: ModelConfig, own: bool) -> int | None:
+    """The class that stands for none, where the user says so."""
+    if own:
+        return getattr(pipeline, "null_class", None)
+    takes = type(pipeline).__name__ in ("DDPMPipeline", "DDIMPipeline")
+    for key in config.kwargs:
+        if key != "null_class" or not takes:
+            raise UserError(
+                f"model.kwargs {key}: {type(pipeline).__name__} takes "
+                f"{'null_class alone' if takes else 'none'}"
+            )
+    found = config.kwargs.get("null_class")
+    if found is None or (isinstance(found, int) and not isinstance(found, bool)):
+        return found
+    raise UserError(f"model.kwargs null_class must be a whole number, got {found!r}")
+
+
+def _check_network(name: str, config: Any) -> None:
+    """Raise where a network asks for more than it is told here."""
+    if config.out_channels not in (None, config.in_channels, 2 * config.in_channels):
+        raise UserError(
+            f"the network of this {name} reads {config.in_channels} channels and writes "
+            f"{config.out_channels}: only those that write as many as they read, or learned variances "
+            "beside them, are supported"
+        )
+    if config.sample_size is None:
+        raise UserError(f"the network of this {name} has no sample_size: set it in its config.json")
+    extra = {
+        "addition_embed_type": None,
+        "class_embed_type": None,
+        "encoder_hid_dim_type": None,
+        "time_cond_proj_dim": None,
+        "time_embedding_type": "positional",
+    }
+    if name == "StableDiffusionPipeline":
+        extra["num_class_embeds"] = None
+    for key, plain in extra.items():
+        if config.get(key, plain) != plain:
+            raise UserError(
+                f"the network of this {name} has {key} {config.get(key)!r}, which is not supported"
+            )
+
+
+def _of_users(found: Any, source: str) -> DiffusionModel:
+    if isinstance(found, DiffusionModel):
+        return found
+    if not callable(found) or not hasattr(found, "shape"):
+        raise UserError(
+            f"model {source} must return a pipeline of diffusers ({', '.join(NETWORKS)}), a "
+            "DiffusionModel, or a denoiser (x, sigma, condition) with the shape of a sample, got "
+            f"{type(found).__name__}"
+        )
+    options = {
+        name: getattr(found, name)
+        for name in ("null", "encode", "decode", "columns")
+        if getattr(found, name, None) is not None
+    }
+    denoiser: Any = found
+    levels = getattr(found, "levels", karras_levels)
+    return DiffusionModel(denoiser, denoiser.shape, levels, **options)
+
+
+def karras_levels(steps: int, low: float = 0.002, high: float = 80.0) -> Float[Tensor, "k"]:
+    """Noise levels from `high` to `low` and then 0, equally far apart as sigma^(1/7).
+
+    Source: Karras et al. 2022 (EDM, arXiv 2206.00364), eq. 5 and table 1.
+    Raises: UserError if steps < 1.
+    """
+    require("steps", steps, steps >= 1, ">= 1")
+    ends = torch.tensor([high], dtype=torch.float64)
+    return torch.cat([ends if steps == 1 else karras_sigmas(steps, low, high), ends.new_zeros(1)])
+
+
+def _pretrained(source: str) -> Any:
+    diffusers: Any = needed("diffusers", source, "diffusion")
+    looks_like_a_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_like_a_path and not Path(source).is_dir():
+        raise UserError(f"--model {source}: there is no such folder")
+    if (Path(source) / "pytorch_lora_weights.safetensors").exists():
+        raise UserError(
+            f"--model {source} holds adapters alone: load them into their pipeline, call "
+            "pipeline.fuse_lora() and save it whole"
+        )
+    try:
+        with _no_progress_bars():
+            index = diffusers.DiffusionPipeline.load_config(source)
+            name = index.get("_class_name")
+            if isinstance(name, str) and name in NETWORKS:  # A list names code that comes with it.
+                none: Any = {}
+                if name == "StableDiffusionPipeline":
+                    none = {"safety_checker": None, "feature_extractor": None}
+                    none["requires_safety_checker"] = False
+                return diffusers.DiffusionPipeline.from_pretrained(
+                    source, use_safetensors=True, **none
+                )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"--model {source} cannot be read: {str(error).strip().splitlines()[0]} (a folder with "
+            "model_index.json and *.safetensors, a Hugging Face name, or module:function)"
+        ) from error
+    raise UserError(f"--model {source} is a {name}, and only these are read: {', '.join(NETWORKS)}")
+
+
+def _with_adapters(network: Any, config: ModelConfig) -> Any:
+    peft: Any = needed("peft", "model.lora_rank", "diffusion")
+    _in(getattr(torch, config.dtype), network)
+    adapters = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=ATTENTION,
+    )
+    try:
+        wrapped = peft.get_peft_model(network, adapters)
+    except ValueError as error:
+        raise UserError(
+            f"model.lora_rank {config.lora_rank}: {type(network).__name__} has no attention to put "
+            "adapters on: train all weights (lora_rank 0)"
+        ) from error
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def _whole(pipeline: Any, network: Any) -> Any:
+    """The pipeline with adapters written into the weights that they change, in float32."""
+    if not hasattr(network, "merge_and_unload"):
+        return pipeline
+    whole = copy.copy(pipeline)
+    merged = copy.deepcopy(network).float().merge_and_unload()
+    whole.register_modules(**{NETWORKS[type(pipeline).__name__]: merged})
+    return whole
+
+
+def _adapter_state(network: Any) -> dict[str, Tensor]:
+    """As diffusers names it, with alpha / rank in the weights: not every reader knows another place."""
+    peft: Any = needed("peft", "adapters", "diffusion")
+    utils: Any = needed("diffusers.utils", "adapters", "diffusion")
+    config = network.peft_config["default"]
+    scale = config.lora_alpha / config.r
+    state = {
+        name.removeprefix("base_model.model."): value * scale if "lora_B" in name else value
+        for name, value in peft.get_peft_model_state_dict(network).items()
+    }
+    return utils.convert_state_dict_to_diffusers(state)
+
+
+def _save_state(model: DiffusionModel, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """The library draws them over our own display."""
+    logging: Any = needed("diffusers.utils.logging", "a pipeline", "diffusion")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,181 @@
+"""A diffusion model as a distribution over samples: a denoiser, and what it takes to draw from it."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from esscher.errors import UserError
+from esscher.samplers.denoisers import Condition, Denoiser, classifier_free
+from esscher.samplers.solvers import Solver, seeded_noise, solve
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """What a diffusion method has to know of its task."""
+
+    model: "DiffusionModel"
+    """To be trained, or only drawn from."""
+    num_agents: int = 1
+
+
+class DiffusionModel(nn.Module):
+    """Draws samples by solving from noise, in coordinates x = x0 + sigma eps.
+
+    Args:
+        denoiser: D(x, sigma, condition); trained where it is a module.
+        shape: of one sample as the denoiser sees it (a latent's, where there is an autoencoder).
+        levels: number of steps -> as many noise levels and the last one below them, falling.
+        null: the condition of no condition, one row; None: the model has none, and takes no guidance.
+        encode: rows of the data (a label, a prompt) -> their condition; None: there are no conditions.
+        decode: denoised samples -> what is shown and judged (images "b c h w" in [0, 1], or the
+            samples themselves).
+        columns: what `encode` reads of a row.
+        frozen_dtype: of the weights of copies that are not trained; other than float32 only where the
+            denoiser turns its inputs into it.
+    """
+
+    pipeline: Any = None
+    """What it was read from, and what it is saved as; None: a module of the user's own."""
+    _is_frozen = False
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape: Sequence[int],
+        levels: Callable[[int], Float[Tensor, "k"]],
+        *,
+        null: Condition = None,
+        encode: Callable[[Sequence[Mapping[str, Any]]], Condition] | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        columns: Sequence[str] = (),
+        frozen_dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.denoiser: Any = denoiser
+        self.shape, self.levels, self.null = tuple(shape), levels, null
+        self.columns, self.frozen_dtype = tuple(columns), frozen_dtype
+        self._encode, self._decode = encode, decode
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What an optimiser moves."""
+        return [] if self._is_frozen else [p for p in self.parameters() if p.requires_grad]
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def frozen(self) -> "DiffusionModel":
+        """This model without its training, as a reference.
+
+        With adapters of peft it shares all weights and switches the adapters off, so that it is the
+        model that they were put on, and no gradient flows through it; else it is a copy of the model
+        as it is now, and the only gradient is the one to its input.
+        """
+        twin = copy.copy(self)
+        twin._modules, twin._is_frozen = dict(self._modules), True
+        if not isinstance(self.denoiser, nn.Module):
+            return twin
+        if adapted := _adapted(self.denoiser):
+            twin.denoiser = _AdaptersOff(self.denoiser, adapted)
+            return twin
+        twin.denoiser = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
+        # Weights alone: a denoiser's table of noise levels must stay exact.
+        for parameter in twin.denoiser.parameters():
+            parameter.data = parameter.data.to(self.frozen_dtype)
+        return twin
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Without what is not trained, and with tied weights once."""
+        state = super().state_dict(*args, **kwargs)
+        named = dict(self.named_parameters(remove_duplicate=False))
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {
+            name: value for name, value in state.items() if name not in named or name in trained
+        }
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Of a `state_dict`; strict: with exactly its names."""
+        if strict and (state_dict.keys() != (own := self.state_dict().keys())):
+            raise ValueError(f"state does not fit: {sorted(state_dict.keys() ^ own)[:5]} differ")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> Condition:
+        """The condition of rows of data, one sample each."""
+        return None if self._encode is None else self._encode(rows)
+
+    def decode(self, x0: Float[Tensor, "b *d"]) -> Float[Tensor, "b *s"]:
+        """What is shown and judged."""
+        return x0 if self._decode is None else self._decode(x0)
+
+    def guided(self, scale: float) -> Denoiser:
+        """The denoiser under classifier-free guidance; scale 1 is none.
+
+        Raises:
+            UserError: the model has no null condition.
+        """
+        if scale == 1:
+            return self.denoiser
+        if self.null is None:
+            raise UserError(
+                "this model was trained without a null condition, so guidance has nothing to compare "
+                "with: use a guidance scale of 1"
+            )
+        return classifier_free(self.denoiser, self.null, scale)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        condition: Condition,
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        scale: float = 1.0,
+        solver: Solver = "ddim",
+        eta: float = 0.0,
+    ) -> Float[Tensor, "b *d"]:
+        """Samples, not yet decoded; each depends on its condition, its seed and the weights alone."""
+        sigmas = self.levels(steps)
+        start, noise = seeded_noise(seeds, self.shape, self.device)
+        return solve(
+            self.guided(scale),
+            start * float(sigmas[0]),
+            sigmas,
+            condition,
+            solver=solver,
+            eta=eta,
+            noise=noise,
+        )
+
+
+class _AdaptersOff(nn.Module):
+    """A denoiser with the adapters inside it switched off, for as long as a call lasts."""
+
+    def __init__(self, denoiser: nn.Module, adapted: Sequence[Any]):
+        super().__init__()
+        self.denoiser, self._adapted = denoiser, tuple(adapted)
+
+    # Activations that are computed again in the backward pass would find the adapters on.
+    @torch.no_grad()
+    def forward(
+        self, x: Float[Tensor, "b *d"], sigma: Float[Tensor, "b"], condition: Condition = None
+    ) -> Float[Tensor, "b *d"]:
+        with ExitStack() as stack:
+            for module in self._adapted:
+                stack.enter_context(module.disable_adapter())
+            return self.denoiser(x, sigma, condition)
+
+
+def _adapted(denoiser: nn.Module) -> list[Any]:
+    """What peft has put adapters into."""
+    return [
+        module
+        for module in denoiser.modules()
+        if hasattr(module, "peft_config") and hasattr(module, "disable_adapter")
+    ]

@@ -1,0 +1,242 @@
+"""Noise levels, what a diffusion model predicts at each of them, and steps from one to the next.
+
+The library has one system of coordinates, x = x0 + sigma eps, whatever a model was trained in:
+
+    trained in                                      sigma                       its input z
+    z = sqrt(abar) x0 + sqrt(1 - abar) eps  (vp)    sqrt((1 - abar) / abar)     x / sqrt(1 + sigma^2)
+    z = (1 - t) x0 + t eps                  (flow)  t / (1 - t)                 x / (1 + sigma)
+
+Here "denoised" is the estimate of x0 that every network is turned into; the noise and the score follow:
+
+    eps = (x - denoised) / sigma        score = (denoised - x) / sigma^2
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+Spacing = Literal["leading", "trailing", "linspace"]
+Level = Float[Tensor, "b"] | Float[Tensor, ""]
+"""A number for each row, or one for all of them."""
+Prediction = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
+
+
+def alpha_bars(
+    schedule: BetaSchedule, steps: int, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> Float[Tensor, "t"]:
+    """Share of the signal's variance that is left after each training step: prod (1 - beta).
+
+    linear: beta from beta_start to beta_end; scaled_linear: the same of sqrt(beta);
+    squaredcos_cap_v2: cos^2((u + 0.008) / 1.008 pi / 2) at the ends of each step, beta at most 0.999.
+    In float64.
+
+    Source: Ho et al. 2020 (linear), Rombach et al. 2022 (scaled), Nichol and Dhariwal 2021 (cosine).
+    Raises: ValueError if steps < 1 or the betas are not in (0, 1).
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not (0 < beta_start < 1 and 0 < beta_end < 1):
+        raise ValueError(f"betas must be in (0, 1), got {beta_start} to {beta_end}")
+    if schedule == "linear":
+        beta = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+    elif schedule == "scaled_linear":
+        ends = math.sqrt(beta_start), math.sqrt(beta_end)
+        beta = torch.linspace(*ends, steps, dtype=torch.float64).square()
+    else:
+        place = torch.arange(steps + 1, dtype=torch.float64) / steps
+        left = ((place + 0.008) / 1.008 * math.pi / 2).cos().square()
+        beta = (1 - left[1:] / left[:-1]).clamp(max=0.999)
+    return (1 - beta).cumprod(0)
+
+
+def sigma_of_alpha_bar(alpha_bar: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """Noise over signal: sqrt((1 - abar) / abar)."""
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
+
+
+def alpha_bar_of_sigma(sigma: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """Share of the signal's variance: 1 / (1 + sigma^2)."""
+    return 1 / (1 + sigma.square())
+
+
+def sampling_timesteps(
+    train_steps: int, count: int, spacing: Spacing, offset: int = 0
+) -> Float[Tensor, "k"]:
+    """`count` of the training steps 0 .. train_steps - 1, from the noisiest down.
+
+    leading: 0, r, 2r ... (r = train_steps // count) plus `offset`; trailing: the last step and
+    every train_steps / count before it; linspace: both ends and equal distances, not rounded.
+
+    Source: Lin et al. 2024 (arXiv 2305.08891), table 2.
+    Raises: ValueError if count is not in [1, train_steps].
+    """
+    if not 1 <= count <= train_steps:
+        raise ValueError(f"count must be in [1, {train_steps}], got {count}")
+    if spacing == "leading":
+        steps = torch.arange(count, dtype=torch.float64) * (train_steps // count) + offset
+        return steps.flip(0)
+    if spacing == "trailing":
+        return (
+            train_steps
+            - 1
+            - (torch.arange(count, dtype=torch.float64) * train_steps / count).round()
+        )
+    return torch.linspace(train_steps - 1, 0, count, dtype=torch.float64)
+
+
+def karras_sigmas(count: int, low: float, high: float, rho: float = 7.0) -> Float[Tensor, "k"]:
+    """Noise levels from `high` to `low`, equally far apart as sigma^(1/rho).
+
+    Source: Karras et al. 2022 (EDM, arXiv 2206.00364), eq. 5.
+    Raises: ValueError unless count >= 2 and 0 < low < high.
+    """
+    if count < 2 or not 0 < low < high:
+        raise ValueError(f"need count >= 2 and 0 < low < high, got {count}, {low}, {high}")
+    ends = high ** (1 / rho), low ** (1 / rho)
+    return torch.linspace(*ends, count, dtype=torch.float64) ** rho
+
+
+def denoised_of(
+    prediction: Prediction,
+    output: Float[Tensor, "b *d"],
+    x: Float[Tensor, "b *d"],
+    sigma: Level,
+) -> Float[Tensor, "b *d"]:
+    """The estimate of x0 that a network's output stands for.
+
+    epsilon: x - sigma out. sample: out. v_prediction (out = sqrt(abar) eps - sqrt(1 - abar) x0):
+    x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) out. flow_prediction (out = eps - x0):
+    (x - sigma out) / (1 + sigma).
+
+    Source: Salimans and Ho 2022 (arXiv 2202.00512), app. D (v); Lipman et al. 2023 (flow).
+    Gradient: to output and x.
+    """
+    level = over(sigma, x)
+    if prediction == "epsilon":
+        return x - level * output
+    if prediction == "sample":
+        return output
+    if prediction == "v_prediction":
+        power = 1 + level.square()
+        return x / power - level * power.rsqrt() * output
+    if prediction == "flow_prediction":
+        return (x - level * output) / (1 + level)
+    raise ValueError(f"prediction {prediction!r} is not one of {Prediction.__args__}")
+
+
+def input_scale(prediction: Prediction, sigma: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """What x is multiplied by to become the input of a network of this kind: see the module."""
+    return 1 / (1 + sigma) if prediction == "flow_prediction" else (1 + sigma.square()).rsqrt()
+
+
+def eps_of(
+    x: Float[Tensor, "b *d"], denoised: Float[Tensor, "b *d"], sigma: Level
+) -> Float[Tensor, "b *d"]:
+    """The noise that a denoised estimate implies: (x - denoised) / sigma."""
+    return (x - denoised) / over(sigma, x)
+
+
+def score_of(
+    x: Float[Tensor, "b *d"], denoised: Float[Tensor, "b *d"], sigma: Level
+) -> Float[Tensor, "b *d"]:
+    """Gradient of the log-density of x: (denoised - x) / sigma^2.
+
+    Source: Tweedie's formula; Karras et al. 2022, eq. 3.
+    """
+    return (denoised - x) / over(sigma, x).square()
+
+
+def edm_scalings(
+    sigma: Float[Tensor, "*s"], sigma_data: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Preconditioning: denoised = skip x + out F(in x, noise). Returns (skip, out, in, noise).
+
+    skip = sd^2 / (sigma^2 + sd^2), out = sigma sd / sqrt(sigma^2 + sd^2), in = 1 / sqrt(sigma^2 +
+    sd^2), noise = log(sigma) / 4.
+
+    Source: Karras et al. 2022, table 1.
+    """
+    total = sigma.square() + sigma_data**2
+    return (
+        sigma_data**2 / total,
+        sigma * sigma_data * total.rsqrt(),
+        total.rsqrt(),
+        sigma.log() / 4,
+    )
+
+
+def reverse_kernel(
+    x: Float[Tensor, "b *d"],
+    denoised: Float[Tensor, "b *d"],
+    sigma: Level,
+    next_sigma: Level,
+    eta: float,
+) -> tuple[Float[Tensor, "b *d"], Level]:
+    """Mean and standard deviation of the next, less noisy x.
+
+    std = eta next sqrt(1 - (next / sigma)^2), mean = denoised + sqrt(next^2 - std^2) eps. At eta 0
+    this is DDIM, at 1 ancestral sampling (DDPM). A step to noise level 0 has no noise of its own.
+
+    Source: Song et al. 2021 (DDIM, arXiv 2010.02502), eq. 12 and 16, divided by sqrt(abar_next).
+    Gradient: to x and denoised.
+    Raises: ValueError if eta is outside [0, 1].
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be in [0, 1], got {eta}")
+    std = eta * next_sigma * (1 - (next_sigma / sigma).square()).clamp(min=0).sqrt()
+    kept = (next_sigma.square() - std.square()).clamp(min=0).sqrt()
+    return denoised + over(kept / sigma, x) * (x - denoised), std
+
+
+def gaussian_log_prob(
+    x: Float[Tensor, "b *d"],
+    mean: Float[Tensor, "b *d"],
+    std: Level,
+    reduction: Literal["sum", "mean"],
+) -> Float[Tensor, "b"]:
+    """Log-density of x under independent Gaussians, in nats; over an event's components added up, or
+    averaged as papers on policy gradients of diffusion models have it.
+
+    Gradient: to x, mean and std.
+    Raises: ValueError if reduction is neither.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be sum or mean, got {reduction!r}")
+    spread = over(std, x)
+    terms = -0.5 * ((x - mean) / spread).square() - spread.log() - 0.5 * math.log(2 * math.pi)
+    flat = terms.flatten(1)
+    return flat.sum(-1) if reduction == "sum" else flat.mean(-1)
+
+
+def multistep(
+    x: Float[Tensor, "b *d"],
+    denoised: Float[Tensor, "b *d"],
+    before: Float[Tensor, "b *d"],
+    sigma_before: Float[Tensor, ""],
+    sigma: Float[Tensor, ""],
+    next_sigma: Float[Tensor, ""],
+) -> Float[Tensor, "b *d"]:
+    """A step of DPM-Solver++(2M): the denoised estimate extrapolated along log sigma.
+
+    With h = log(sigma / next), r = log(sigma_before / sigma) / h and
+    d = denoised + (denoised - before) / (2 r):  next x = (next / sigma) x + (1 - next / sigma) d.
+
+    Args:
+        before: the estimate at `sigma_before`, one step earlier.
+        next_sigma: > 0.
+
+    Source: Lu et al. 2022 (arXiv 2211.01095), algorithm 2.
+    """
+    ratio = (sigma_before / sigma).log() / (sigma / next_sigma).log()
+    extrapolated = denoised + (denoised - before) / (2 * ratio)
+    share = next_sigma / sigma
+    return share * x + (1 - share) * extrapolated
+
+
+def over(value: Tensor, x: Tensor) -> Tensor:
+    """A number per row ("b", or a scalar), shaped to multiply x ("b *d")."""
+    return value if value.dim() == 0 else value.view(-1, *[1] * (x.dim() - 1))
