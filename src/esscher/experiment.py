@@ -132,7 +132,7 @@ class EvaluationConfig:
     """When and how the policy is judged. Evaluating more often never changes training."""
 
     every: int = 5_000
-    """Steps between evaluations; 0: only at the end."""
+    """Steps between evaluations; 0: only at the end. A language model is judged before training too."""
     episodes: int = 10
     """Episodes an evaluation, each from its own fixed seed; of a language model, rows held out that
     it is judged on (and as many completions)."""

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from esscher import images
-from esscher.adapters.diffusers import digest_of, load_diffusion, save_diffusion
+from esscher.adapters.diffusers import load_diffusion, save_diffusion
+from esscher.adapters.pretrained import digest_of
 from esscher.distributions.diffusion import DiffusionModel
 from esscher.errors import UserError
 from esscher.experiment import ModelConfig

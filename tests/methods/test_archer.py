@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import esscher
+import llamas
 from esscher.critics import Values
 from esscher.critics.text import TextEncoder, TokenValue, TwinTextCritic, body_of, twin_of
 from esscher.distributions.autoregressive import LanguageModel, TextSpec
@@ -24,6 +25,7 @@ from esscher.registry import recipes
 from esscher.runtime import run as runner
 from esscher.runtime.device import Runtime, RuntimeConfig
 from esscher.types import Prompts
+from llamas import shaken
 from support import assert_same_run, smoke, train, train_until
 
 PAD, END, VOCABULARY = 0, 1, 7
@@ -31,35 +33,15 @@ RUNTIME = RuntimeConfig(device="cpu", threads=1, graph="eager")
 
 
 def llama(adapters: bool = False, dtype: torch.dtype = torch.float32) -> Any:
-    """Random weights, far from uniform, so that mistakes show."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+    return llamas.llama(
+        VOCABULARY,
+        dtype,
+        adapters,
+        size=0.2,
         max_position_embeddings=32,
         pad_token_id=PAD,
         eos_token_id=END,
     )
-    model = transformers.LlamaForCausalLM(config).to(dtype)
-    shaken(model.parameters(), 0.2)
-    if not adapters:
-        return model
-    import peft
-
-    lora = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, lora)
-
-
-def shaken(parameters: Any, size: float) -> None:
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(size * torch.randn_like(parameter))
 
 
 def method_of(model: Any = None, **changes: Any) -> ArCHer:

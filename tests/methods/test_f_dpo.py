@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import llamas
 from esscher import Experiment
 from esscher.distributions.autoregressive import LanguageModel, TextSpec
 from esscher.errors import UserError
@@ -16,6 +17,7 @@ from esscher.experience.text import Text
 from esscher.methods.language.f_dpo import FDPO, Config
 from esscher.runtime.device import Runtime, RuntimeConfig
 from esscher.types import Pairs, Tokens
+from llamas import shaken
 
 PAD, END, VOCABULARY = 0, 1, 24
 ALPHA = 0.3
@@ -37,36 +39,9 @@ PAIRS = [
 
 
 def llama(dtype: torch.dtype = torch.float64, adapters: bool = False) -> Any:
-    """Random weights, far from uniform, so that mistakes show."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=PAD,
-        bos_token_id=2,
-        eos_token_id=END,
+    return llamas.llama(
+        VOCABULARY, dtype, adapters, pad_token_id=PAD, bos_token_id=2, eos_token_id=END
     )
-    model = transformers.LlamaForCausalLM(config).to(dtype).train()
-    shaken(model.parameters(), 0.3)
-    if not adapters:
-        return model
-    import peft
-
-    lora = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
-
-
-def shaken(parameters: Any, size: float) -> None:
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(size * torch.randn_like(parameter))
 
 
 def method_of(model: Any, precision: Any = "float32", **changes: Any) -> FDPO:
@@ -83,18 +58,7 @@ def method_of(model: Any, precision: Any = "float32", **changes: Any) -> FDPO:
 
 
 def batch_of(pairs: Any = PAIRS, left: int = 0, right: int = 0) -> Pairs:
-    """Padded to the longest and beyond."""
-    rows = [(prompt, answer) for prompt, *answers in pairs for answer in answers]
-    width = max(len(p) + len(c) for p, c in rows) + left + right
-    tokens = torch.full((len(rows), width), PAD)
-    token_mask, completion_mask = (torch.zeros(len(rows), width, dtype=torch.bool) for _ in "ab")
-    for k, (prompt, completion) in enumerate(rows):
-        start, end = left + len(prompt), left + len(prompt) + len(completion)
-        tokens[k, left:end] = torch.tensor(prompt + completion)
-        token_mask[k, left:end], completion_mask[k, start:end] = True, True
-    parts = (part.view(len(pairs), 2, width) for part in (tokens, token_mask, completion_mask))
-    return Pairs(**dict(zip(("tokens", "token_mask", "completion_mask"), parts, strict=True)),
-                 row=torch.arange(len(pairs)))  # fmt: skip
+    return llamas.padded_pairs(pairs, PAD, left, right)
 
 
 def gradient_of(method: FDPO, batch: Pairs) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
@@ -415,15 +379,7 @@ def test_two_steps_of_each_optimiser_by_hand(optimizer: str) -> None:
 
 def test_the_step_warms_up_and_the_gradient_is_clipped() -> None:
     method = method_of(llama(), learning_rate=1e-3, warmup_updates=4, max_grad_norm=1e-3)
-    rates, norms = [], []
-
-    def step(gradients: list[torch.Tensor]) -> None:
-        rates.append(method.opt.learning_rate)
-        norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
-
-    method.opt._fused_step = step  # type: ignore[method-assign]
-    for number in range(6):
-        method.update(batch_of(), number)
+    rates, norms = llamas.rates_and_norms(method, batch_of(), 6)
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
     assert norms == pytest.approx([1e-3] * 6, rel=1e-2)
 

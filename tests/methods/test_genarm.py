@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import llamas
 from esscher import words
 from esscher.adapters.models import save_model
 from esscher.distributions.autoregressive import LanguageModel, TextSpec
@@ -82,18 +83,7 @@ def method_of(model: Any, tokenizer: Any = TOKENIZER, **changes: Any) -> GenARM:
 
 
 def batch_of(pairs: Any = PAIRS, left: int = 0, right: int = 0) -> Pairs:
-    """Padded to the longest and beyond."""
-    rows = [(prompt, answer) for prompt, *answers in pairs for answer in answers]
-    width = max(len(p) + len(c) for p, c in rows) + left + right
-    tokens = torch.full((len(rows), width), PAD)
-    token_mask, completion_mask = (torch.zeros(len(rows), width, dtype=torch.bool) for _ in "ab")
-    for k, (prompt, completion) in enumerate(rows):
-        start, end = left + len(prompt), left + len(prompt) + len(completion)
-        tokens[k, left:end] = torch.tensor(prompt + completion)
-        token_mask[k, left:end], completion_mask[k, start:end] = True, True
-    parts = (part.view(len(pairs), 2, width) for part in (tokens, token_mask, completion_mask))
-    return Pairs(**dict(zip(("tokens", "token_mask", "completion_mask"), parts, strict=True)),
-                 row=torch.arange(len(pairs)))  # fmt: skip
+    return llamas.padded_pairs(pairs, PAD, left, right)
 
 
 def gradient_of(method: GenARM, batch: Pairs, step: int = 0) -> tuple[dict[str, Any], list[Any]]:

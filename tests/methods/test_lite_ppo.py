@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import llamas
 from esscher.distributions.autoregressive import LanguageModel, TextSpec
 from esscher.errors import UserError
 from esscher.experience.text import Text
@@ -23,6 +24,7 @@ from esscher.methods.language.lite_ppo import DAPO, DR_GRPO, GRPO, Config, LiteP
 from esscher.runtime import optim
 from esscher.runtime.device import Runtime, RuntimeConfig
 from esscher.types import Completions, Prompts, Scored
+from llamas import shaken
 
 PAD, END, VOCABULARY, LIMIT = 0, 1, 20, 5
 # Three groups of four: prompt, completion, reward (None: it failed). Those without END were cut.
@@ -53,31 +55,7 @@ AGGREGATIONS = ["token_mean", "sequence_mean_token_mean", "sequence_mean_token_s
 
 
 def llama(dtype: torch.dtype = torch.float64, vocabulary: int = VOCABULARY) -> Any:
-    """Random weights, far from uniform, so that mistakes show."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=PAD,
-        bos_token_id=2,
-        eos_token_id=END,
-    )
-    model = transformers.LlamaForCausalLM(config).to(dtype).train()
-    shaken(model.parameters(), 0.3)
-    return model
-
-
-def shaken(parameters: Any, size: float) -> None:
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(size * torch.randn_like(parameter))
+    return llamas.llama(vocabulary, dtype, pad_token_id=PAD, bos_token_id=2, eos_token_id=END)
 
 
 def method_of(model: Any, rank: int = 0, world: int = 1, **changes: Any) -> LitePPO:
@@ -701,7 +679,9 @@ def test_groups_of_one_are_fine_where_nothing_is_asked_of_them() -> None:
 def test_processes_share_prompts_equally() -> None:
     with pytest.raises(UserError, match="batch_size must be a multiple of the 2 processes"):
         method_of(llama(), 0, 2)
-    with pytest.raises(UserError, match="with whole minibatches for each, got 2"):
+    with pytest.raises(
+        UserError, match="num_minibatches must be a divisor of a process's 4 rows, got 8"
+    ):
         method_of(llama(), 0, 2, batch_size=2, num_minibatches=8)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import llamas
 from esscher.distributions.autoregressive import LanguageModel, TextSpec
 from esscher.errors import UserError
 from esscher.experience.text import Text
@@ -24,30 +25,7 @@ ROWS = [
 
 
 def llama(dtype: torch.dtype = torch.float64, adapters: bool = False, tied: bool = False) -> Any:
-    """Random weights, far from uniform, so that mistakes show."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-    )
-    model = transformers.LlamaForCausalLM(config).to(dtype).train()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    if not adapters:
-        return model
-    import peft
-
-    lora = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+    return llamas.llama(VOCABULARY, dtype, adapters, tie_word_embeddings=tied)
 
 
 def method_of(model: Any, precision: Any = "float32", **changes: Any) -> SFT:
@@ -179,15 +157,7 @@ def test_what_is_trained_moves_until_the_rows_are_known(adapters: bool) -> None:
 
 def test_the_step_warms_up_and_the_gradient_is_clipped() -> None:
     method = method_of(llama(), learning_rate=1e-3, warmup_updates=4, max_grad_norm=1e-3)
-    rates, norms = [], []
-
-    def step(gradients: list[torch.Tensor]) -> None:
-        rates.append(method.opt.learning_rate)
-        norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
-
-    method.opt._fused_step = step  # type: ignore[method-assign]
-    for number in range(6):
-        method.update(batch_of(), number)
+    rates, norms = llamas.rates_and_norms(method, batch_of(), 6)
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
     assert norms == pytest.approx([1e-3] * 6, rel=1e-2)
 

@@ -16,7 +16,7 @@ from esscher.errors import UserError
 from esscher.experiment import ModelConfig, TextConfig
 from esscher.models import byte_tokenizer, tiny_llama
 from esscher.samplers.decoding import Decoding
-from support import assert_same_run, smoke, train, train_until
+from support import assert_same_run, metrics, smoke, train, train_until
 
 CPU = torch.device("cpu")
 
@@ -150,6 +150,20 @@ def test_a_run_leaves_a_model_that_transformers_opens(folder: Path, tmp_path: Pa
     assert any(not torch.equal(a, c) for a, _, c in pairs_)
     samples = json.loads((tmp_path / "run/samples/step_000000010.json").read_text())
     assert set(samples[0]) == {"prompt", "completion", "finished"}
+
+
+def test_what_training_begins_with_is_judged_as_well(folder: Path, tmp_path: Path) -> None:
+    experiment = f_dpo(model=ModelConfig(source=str(folder)), data=str(pairs(tmp_path)))
+    often = replace(experiment, evaluation=replace(experiment.evaluation, every=5))
+    train(often, tmp_path / "often")
+    rows = [row for row in metrics(tmp_path / "often") if row["phase"] == "evaluate"]
+    assert [row["step"] for row in rows] == [0, 5, 10]
+    assert rows[0]["kl_to_reference"] == 0 != rows[-1]["kl_to_reference"]
+    drawn = sorted(path.stem for path in (tmp_path / "often/samples").iterdir())
+    assert drawn == ["step_000000000", "step_000000005", "step_000000010"]
+    rarely = replace(experiment, evaluation=replace(experiment.evaluation, every=0))
+    train(rarely, tmp_path / "rarely")
+    assert [row["step"] for row in metrics(tmp_path / "rarely") if "returns" in row] == [10]
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])

@@ -14,10 +14,7 @@ out: a denoiser's estimate stays what the network says.
 """
 
 import copy
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from esscher.adapters.imports import needed, users_own
-from esscher.adapters.models import digest_of as digest_of
+from esscher.adapters.pretrained import check_is_there, without_progress_bars, written_whole
 from esscher.distributions.diffusion import DiffusionModel
 from esscher.errors import UserError, nearest, require
 from esscher.experiment import ModelConfig
@@ -137,19 +134,15 @@ def save_diffusion(model: DiffusionModel, folder: Path, *, adapters_only: bool =
             f"adapters can be saved alone where a pipeline has them and can open them, and this is "
             f"{kind} {'with' if adapted else 'without'} adapters: save the whole model"
         )
-    writing = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    if pipeline is None:
-        _save_state(model, writing)
-    else:
-        with _no_progress_bars():
-            if adapters_only:
-                layers = _adapter_state(network)
-                type(pipeline).save_lora_weights(writing, unet_lora_layers=layers)
-            else:
+    with written_whole(folder) as writing:
+        if pipeline is None:
+            _save_state(model, writing)
+        elif adapters_only:
+            layers = _adapter_state(network)
+            type(pipeline).save_lora_weights(writing, unet_lora_layers=layers)
+        else:
+            with without_progress_bars("diffusers"):
                 _whole(pipeline, network).save_pretrained(writing, safe_serialization=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(writing, folder)
     return folder
 
 
@@ -564,16 +557,14 @@ def karras_levels(steps: int, low: float = 0.002, high: float = 80.0) -> Float[T
 
 def _pretrained(source: str) -> Any:
     diffusers: Any = needed("diffusers", source, "diffusion")
-    looks_like_a_path = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_like_a_path and not Path(source).is_dir():
-        raise UserError(f"--model {source}: there is no such folder")
+    check_is_there(source, "--model")
     if (Path(source) / "pytorch_lora_weights.safetensors").exists():
         raise UserError(
             f"--model {source} holds adapters alone: load them into their pipeline, call "
             "pipeline.fuse_lora() and save it whole"
         )
     try:
-        with _no_progress_bars():
+        with without_progress_bars("diffusers"):
             index = diffusers.DiffusionPipeline.load_config(source)
             name = index.get("_class_name")
             if isinstance(name, str) and name in NETWORKS:  # A list names code that comes with it.
@@ -643,16 +634,3 @@ def _save_state(model: DiffusionModel, folder: Path) -> None:
     folder.mkdir(parents=True)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / "model.safetensors")
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """The library draws them over our own display."""
-    logging: Any = needed("diffusers.utils.logging", "a pipeline", "diffusion")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

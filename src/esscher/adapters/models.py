@@ -4,11 +4,6 @@ functions of their own; adapters of peft on top.
 Weights are read from safetensors only, and no code that comes with a model is run.
 """
 
-import hashlib
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,7 @@ import torch
 from torch import nn
 
 from esscher.adapters.imports import needed, users_own
+from esscher.adapters.pretrained import check_is_there, without_progress_bars, written_whole
 from esscher.distributions.autoregressive import LanguageModel
 from esscher.errors import UserError
 from esscher.experiment import ModelConfig
@@ -90,7 +86,7 @@ def load_encoder(source: str, device: torch.device, setting: str) -> tuple[nn.Mo
     else:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            with _no_progress_bars():
+            with without_progress_bars("transformers"):
                 model = transformers.AutoModel.from_pretrained(
                     source, dtype="float32", use_safetensors=True
                 )
@@ -119,24 +115,11 @@ def save_model(
         import copy
 
         model = copy.deepcopy(model).merge_and_unload()
-    writing = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    with _no_progress_bars():
-        model.save_pretrained(writing, safe_serialization=True)
-    tokenizer.save_pretrained(writing)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(writing, folder)
+    with written_whole(folder) as writing:
+        with without_progress_bars("transformers"):
+            model.save_pretrained(writing, safe_serialization=True)
+        tokenizer.save_pretrained(writing)
     return folder
-
-
-def digest_of(model: nn.Module) -> str:
-    """Of all weights: tells whether a source still holds what a run began with."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, parameter in sorted(model.named_parameters()):
-        found.update(name.encode())
-        flat = parameter.detach().cpu().contiguous().view(-1)
-        found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def _wrapped(model: Any, tokenizer: Any) -> LanguageModel:
@@ -152,7 +135,7 @@ def _merged(source: str, setting: str) -> tuple[Any, Any]:
     peft: Any = needed("peft", source, "language")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        with _no_progress_bars():
+        with without_progress_bars("transformers"):
             model = peft.AutoPeftModelForCausalLM.from_pretrained(source, dtype="auto")
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
@@ -164,11 +147,9 @@ def _merged(source: str, setting: str) -> tuple[Any, Any]:
 
 def _pretrained(source: str, setting: str = "--model") -> tuple[Any, Any]:
     transformers: Any = needed("transformers", source, "language")
-    looks_like_a_path = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_like_a_path and not Path(source).is_dir():
-        raise UserError(f"{setting} {source}: there is no such folder")
+    check_is_there(source, setting)
     try:
-        with _no_progress_bars():
+        with without_progress_bars("transformers"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 source, dtype="auto", use_safetensors=True
@@ -225,17 +206,3 @@ def _checkpoint_activations(model: Any) -> None:
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     model.enable_input_require_grads()
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """The library draws them over our own display."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from esscher.distributions.trained import TrainedState
 from esscher.errors import UserError
 from esscher.functional.sequences import (
     shifted,
@@ -41,7 +42,7 @@ class TextSpec:
     num_agents: int = 1
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(TrainedState):
     """Scores and draws completions of token sequences.
 
     Dropout is switched off, also in training: the probabilities of a completion must not depend on
@@ -94,21 +95,6 @@ class LanguageModel(nn.Module):
             twin.model.eval()
         twin._no_gradient = True
         return twin
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Without what is not trained, and with tied weights once."""
-        state = super().state_dict(*args, **kwargs)
-        named = dict(self.named_parameters(remove_duplicate=False))
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {
-            name: value for name, value in state.items() if name not in named or name in trained
-        }
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Of a `state_dict`; strict: with exactly its names."""
-        if strict and (state_dict.keys() != (own := self.state_dict().keys())):
-            raise ValueError(f"state does not fit: {sorted(state_dict.keys() ^ own)[:5]} differ")
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     @property
     def trained(self) -> list[nn.Parameter]:

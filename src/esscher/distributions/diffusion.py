@@ -3,28 +3,19 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from esscher.distributions.trained import TrainedState
 from esscher.errors import UserError
 from esscher.samplers.denoisers import Condition, Denoiser, classifier_free
 from esscher.samplers.solvers import Solver, seeded_noise, solve
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageSpec:
-    """What a diffusion method has to know of its task."""
-
-    model: "DiffusionModel"
-    """To be trained, or only drawn from."""
-    num_agents: int = 1
-
-
-class DiffusionModel(nn.Module):
+class DiffusionModel(TrainedState):
     """Draws samples by solving from noise, in coordinates x = x0 + sigma eps.
 
     Args:
@@ -90,21 +81,6 @@ class DiffusionModel(nn.Module):
         for parameter in twin.denoiser.parameters():
             parameter.data = parameter.data.to(self.frozen_dtype)
         return twin
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Without what is not trained, and with tied weights once."""
-        state = super().state_dict(*args, **kwargs)
-        named = dict(self.named_parameters(remove_duplicate=False))
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {
-            name: value for name, value in state.items() if name not in named or name in trained
-        }
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Of a `state_dict`; strict: with exactly its names."""
-        if strict and (state_dict.keys() != (own := self.state_dict().keys())):
-            raise ValueError(f"state does not fit: {sorted(state_dict.keys() ^ own)[:5]} differ")
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> Condition:
         """The condition of rows of data, one sample each."""

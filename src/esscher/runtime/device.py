@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from esscher.errors import UserError
+from esscher.errors import UserError, require
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -73,6 +73,16 @@ class Runtime:
         self.config = config
         self.device = torch.device(config.device)
         self.rank, self.world = process_rank()
+
+    def share(self, batch_size: int) -> int:
+        """How many rows of a batch are this process's.
+
+        Raises:
+            UserError: the processes cannot share them equally.
+        """
+        told = f"a multiple of the {self.world} processes"
+        require("batch_size", batch_size, batch_size % self.world == 0, told)
+        return batch_size // self.world
 
     def autocast(self, function: Function) -> Function:
         """Run a piece in the configured precision, always eager: for shapes that change."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from esscher.adapters.models import digest_of, load_model, save_model
+from esscher.adapters.models import load_model, save_model
+from esscher.adapters.pretrained import digest_of
 from esscher.adapters.rewards import RewardJudge, made_prompts
 from esscher.adapters.text import read_rows, read_text
 from esscher.adapters.text_envs import TextGames, read_turns

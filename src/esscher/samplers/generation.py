@@ -65,6 +65,7 @@ def complete(
     finished = torch.zeros(count, dtype=torch.bool, device=device)
     ends = torch.tensor(tuple(end_tokens), device=device)
     rows = torch.arange(count, device=device)
+    going = ~finished  # Of `rows`, which are those that the model is still asked about.
     mask = prompt_mask
     logits, cache = next_logits(prompts, mask, None)
     cache.batch_repeat_interleave(copies)
@@ -73,19 +74,18 @@ def complete(
     for position in range(limit):
         distribution = decoding_log_probs(logits, decoding)
         token = draw(distribution, uniform[rows, position])
-        going = ~finished[rows]
         tokens[rows, position] = torch.where(going, token, pad_token)
         told = distribution.gather(-1, token.unsqueeze(-1)).squeeze(-1)
         logp[rows, position] = torch.where(going, told, 0.0)
         length[rows] += going
-        finished[rows] |= torch.isin(token, ends)
-        going = ~finished[rows]
+        going = going & ~torch.isin(token, ends)
+        finished[rows] = ~going
         left = int(going.sum())
         if left == 0 or position + 1 == limit:
             break
         if left < KEPT_SHARE * len(rows):
             kept = going.nonzero().squeeze(-1)
-            rows, token, mask = rows[kept], token[kept], mask[kept]
+            rows, token, mask, going = rows[kept], token[kept], mask[kept], going[kept]
             cache.batch_select_indices(kept)
         mask = nn.functional.pad(mask, (0, 1), value=True)
         logits, cache = next_logits(token.unsqueeze(-1), mask, cache)

@@ -140,10 +140,8 @@ class DivergencePPO(Method):
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
-        own, rest = divmod(cfg.batch_size, runtime.world)
-        whole = rest == 0 and own % cfg.num_minibatches == 0
-        told = f"a multiple of the {runtime.world} processes, with whole minibatches for each"
-        require("batch_size", cfg.batch_size, whole, told)
+        own, count = runtime.share(cfg.batch_size), cfg.num_minibatches
+        require("num_minibatches", count, own % count == 0, f"a divisor of a process's {own} rows")
         self.model = spec.model
         self._reference = spec.model.frozen()
         self.critic = TokenValue(twin_of(body_of(self.model.model)))

@@ -310,12 +310,7 @@ class FDPG(Method):
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
-        require(
-            "batch_size",
-            cfg.batch_size,
-            cfg.batch_size % runtime.world == 0,
-            f"a multiple of the {runtime.world} processes",
-        )
+        runtime.share(cfg.batch_size)  # Said before work starts where they cannot.
         self.model = spec.model
         self._reference = spec.model.frozen()
         trained = self.model.trained

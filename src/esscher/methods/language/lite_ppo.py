@@ -287,13 +287,8 @@ class LitePPO(Method):
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
-        own, rest = divmod(cfg.batch_size, runtime.world)
-        require(
-            "batch_size",
-            cfg.batch_size,
-            rest == 0 and own * cfg.group_size % cfg.num_minibatches == 0,
-            f"a multiple of the {runtime.world} processes, with whole minibatches for each",
-        )
+        own, count = runtime.share(cfg.batch_size) * cfg.group_size, cfg.num_minibatches
+        require("num_minibatches", count, own % count == 0, f"a divisor of a process's {own} rows")
         self.model = spec.model
         self._reference = spec.model.frozen() if cfg.kl_coefficient > 0 else None
         self.opt = Optim(self.model.trained, cfg.learning_rate, max_grad_norm=cfg.max_grad_norm)
