@@ -180,10 +180,10 @@ def _eval(arguments: list[str]) -> int:
 def _eval_language(folder: Path, arguments: list[str]) -> int:
     options = _parse(EvalLanguageOptions, arguments, "esscher eval RUN")
     from esscher.experiment import EvaluationConfig
-    from esscher.runtime.load import evaluate_language
+    from esscher.runtime.load import evaluate_model
 
     config = EvaluationConfig(episodes=options.episodes, deterministic=not options.stochastic)
-    loaded, evaluation = evaluate_language(folder, config, step=options.step)
+    loaded, evaluation = evaluate_model(folder, config, step=options.step)
     if options.json:
         print(json.dumps(evaluation.to_json() | {"samples": evaluation.samples}))
         return 0

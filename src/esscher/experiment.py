@@ -37,11 +37,12 @@ class EnvConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which language model, and what of it is trained."""
+    """Which language or diffusion model, and what of it is trained."""
 
     source: str | None = None
-    """A folder of the transformers library (an earlier run's RUN/model, say), a Hugging Face name, or
-    module:function for your own (returns a causal model and its tokenizer)."""
+    """A folder of the transformers or diffusers library (an earlier run's RUN/model, say), a Hugging
+    Face name, or module:function for your own (returns a causal model and its tokenizer, or a
+    diffusion model: see esscher/images.py)."""
     kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Passed to a module:function: --model.kwargs layers 4."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -105,23 +106,43 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """What a diffusion model is asked to draw, and how that is judged."""
+
+    labels: tuple[int, ...] = ()
+    """Classes to draw, in turn, where no data say what to draw."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of columns where the data have others: --image.columns prompt caption."""
+    split: str = "train"
+    """Of a Hugging Face data set."""
+    reward: str | None = None
+    """module:function that scores what was drawn: called with (images, rows), it returns one number an
+    image; see docs/rewards.md."""
+
+    def __post_init__(self) -> None:
+        require("image.labels", self.labels, all(n >= 0 for n in self.labels), ">= 0 each")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One phase of training: a loop, what it runs on, and how long."""
 
     env: EnvConfig = field(default_factory=EnvConfig)
     """The task of a controller; one that learns from data alone is only judged in it."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The model of a language method."""
+    """The model of a language or diffusion method."""
     text: TextConfig = field(default_factory=TextConfig)
     """The task of a language method."""
+    image: ImageConfig = field(default_factory=ImageConfig)
+    """The task of a diffusion method."""
     data: str | None = None
     """Logged steps to learn from: minari:NAME, FILE.hdf5 (D4RL), FOLDER of .npz, or module:function
     for your own (returns arrays, or an esscher.experience.Dataset). Of a language method, rows of
     text: FILE.jsonl, FILE.parquet, a FOLDER saved by datasets, a Hugging Face name, or
-    module:function."""
+    module:function; of a diffusion method, rows with a prompt or label each to draw."""
     steps: int = 100_000
     """Environment steps, counted over all parallel copies; updates, where a method learns from data
-    alone; iterations, where a language model writes and is judged."""
+    alone; iterations, where a model writes or draws and is judged."""
 
     def __post_init__(self) -> None:
         require("steps", self.steps, self.steps >= 1, ">= 1")
@@ -163,6 +184,8 @@ class CheckpointConfig:
         require("checkpoint.every", self.every, self.every >= 0, ">= 0")
         require("checkpoint.keep", self.keep, self.keep >= 1, ">= 1")
 
+
+DEFAULT_STEPS = {"control": 100_000, "language": 1_000, "diffusion": 100}
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -210,6 +233,7 @@ class Experiment:
         env: EnvConfig | str | None = None,
         model: ModelConfig | str | None = None,
         text: TextConfig | None = None,
+        image: ImageConfig | None = None,
         data: str | None = None,
         steps: int | None = None,
         **options: Any,
@@ -221,14 +245,15 @@ class Experiment:
             env: an environment id or a whole EnvConfig.
             model: the source of a language model or a whole ModelConfig.
             text: how a language method's rows are read and judged.
+            image: what a diffusion method draws, and how that is judged.
             data: what to learn from; see Stage.
             steps: environment steps, updates from data alone, or iterations; by default 100,000, of
-                language methods 1,000.
+                language methods 1,000, of diffusion methods 100.
             options: further fields (seed, evaluation, checkpoint, runtime, log, label).
         """
         if isinstance(method, str):
             method = load_method(method).Config()
-        language = load_method(slug_of(method)).world == "language"
+        world = load_method(slug_of(method)).world
         if not isinstance(env, EnvConfig):
             env = EnvConfig() if env is None else EnvConfig(id=env)
         if not isinstance(model, ModelConfig):
@@ -237,16 +262,16 @@ class Experiment:
             env=env,
             model=model,
             text=text or TextConfig(),
+            image=image or ImageConfig(),
             data=data,
-            steps=steps or (1_000 if language else 100_000),
+            steps=steps or DEFAULT_STEPS[world],
         )
-        if (
-            language
-        ):  # A step is a whole update: seconds, where an environment's is a fraction of one.
+        if world != "control":  # A step is seconds, where an environment's is a fraction of one.
+            often = DEFAULT_STEPS[world] // 10
             options = {
-                "evaluation": EvaluationConfig(every=100, episodes=32),
-                "checkpoint": CheckpointConfig(every=100),
-                "log": LogConfig(every=10),
+                "evaluation": EvaluationConfig(every=often, episodes=32),
+                "checkpoint": CheckpointConfig(every=often),
+                "log": LogConfig(every=max(1, often // 10)),
             } | options
         return cls(method=method, stages=(stage,), **options)
 
@@ -266,10 +291,13 @@ class Experiment:
     @property
     def subject(self) -> str:
         """What the last stage is about, for titles: the environment, or the data of a model."""
-        stage = self.stages[-1]
-        if load_method(self.slug).world == "control":
+        stage, world = self.stages[-1], load_method(self.slug).world
+        if world == "control":
             return stage.env.id
-        source = stage.text.game or stage.text.task or stage.data or "text"
+        if world == "diffusion":
+            source = stage.data or stage.model.source or "images"
+        else:
+            source = stage.text.game or stage.text.task or stage.data or "text"
         return Path(source).name if Path(source).is_absolute() else source
 
     def resolved(self) -> "Experiment":
@@ -281,11 +309,12 @@ class Experiment:
                 are given to a method that reads none, or missing for one that needs them.
         """
         kind, stage = load_method(self.slug), self.stages[-1]
-        language = kind.world == "language"
+        control = kind.world == "control"
         _check_language(self.slug, kind, stage)
-        if kind.data == "none" and stage.data is not None:
+        _check_diffusion(self.slug, kind, stage)
+        if kind.data == "none" and stage.data is not None and control:
             raise UserError(f"{self.slug} learns from its own steps only: leave out --data")
-        if kind.data == "required" and stage.data is None and not language:
+        if kind.data == "required" and stage.data is None and control:
             raise UserError(
                 f"{self.slug} learns from logged steps: give --data minari:NAME, FILE.hdf5, a FOLDER "
                 "of .npz files or module:function (esscher data collect makes some)"
@@ -296,7 +325,7 @@ class Experiment:
                 f"method.warmup {warmup} leaves nothing to learn in {steps} steps: lower "
                 "--method.warmup, or raise --steps"
             )
-        width = 1024 if language else max(getattr(self.method, "hidden", ()), default=0)
+        width = max(getattr(self.method, "hidden", ()), default=0) if control else 1024
         stages = tuple(_with_whole_paths(stage) for stage in self.stages)
         # A method may have settings of its own that name files.
         method = self.method.resolved() if hasattr(self.method, "resolved") else self.method
@@ -325,9 +354,9 @@ class Experiment:
 
 def _check_language(slug: str, kind: Any, stage: Stage) -> None:
     """Of a language method, that it has a model and text; of another, that it has none."""
+    if kind.world == "control" and stage.model.source is not None:
+        raise UserError(f"{slug} trains a controller, not a language model: leave out --model")
     if kind.world != "language":
-        if stage.model.source is not None:
-            raise UserError(f"{slug} trains a controller, not a language model: leave out --model")
         return
     if stage.model.source is None:
         raise UserError(
@@ -352,6 +381,23 @@ def _check_language(slug: str, kind: Any, stage: Stage) -> None:
         raise UserError(
             f"{slug} learns from rows of text (columns {columns}): give --data FILE.jsonl, "
             f"FILE.parquet, a FOLDER or module:function{task}"
+        )
+
+
+def _check_diffusion(slug: str, kind: Any, stage: Stage) -> None:
+    """Of a diffusion method, that it has a model, one source of what to draw, and a reward."""
+    if kind.world != "diffusion":
+        return
+    if stage.model.source is None:
+        raise UserError(
+            f"{slug} needs a diffusion model: give --model FOLDER of a diffusers pipeline, a Hugging "
+            "Face name or module:function (esscher.images:mixture makes a small one)"
+        )
+    if stage.data is not None and stage.image.labels:
+        raise UserError("--data and --image.labels exclude each other: both say what to draw")
+    if kind.rewarded and stage.image.reward is None:
+        raise UserError(
+            f"{slug} needs a reward: give --reward module:function, called with (images, rows)"
         )
 
 

@@ -12,6 +12,7 @@ from esscher.runtime.device import Runtime
 from esscher.runtime.state import Stateful
 from esscher.types import (
     Action,
+    Asked,
     Candidates,
     Completions,
     Episodes,
@@ -47,14 +48,18 @@ class Method(Stateful):
     A subclass names its `Config` and takes `(cfg, spec, runtime)`; nothing inherits from a method.
     """
 
-    world: ClassVar[Literal["control", "language"]] = "control"
-    """What is trained: a controller of environments, or a language model."""
-    loop: ClassVar[Literal["online", "offline", "evolve", "generate", "converse"]] = "online"
+    world: ClassVar[Literal["control", "language", "diffusion"]] = "control"
+    """What it is about: a controller of environments, a language model, or a diffusion model."""
+    loop: ClassVar[
+        Literal["online", "offline", "evolve", "generate", "converse", "sample"]
+    ] = "online"
     """offline: nothing but logged data, and the task serves only to judge the policy; evolve: a
     population, judged by whole episodes; generate: completions of prompts, judged by a reward;
-    converse: whole dialogues with a game."""
+    converse: whole dialogues with a game; sample: a diffusion model is drawn from and not trained."""
     rows: ClassVar[Literal["pairs", "demonstrations", "prompts"]] = "demonstrations"
     """Of a language method: what each row of its text holds."""
+    rewarded: ClassVar[bool] = False
+    """Of a diffusion method: whether it needs a reward."""
     data: ClassVar[Literal["none", "optional", "required"]] = "none"
     """Whether logged steps are read; then `experience` takes them (None where they are optional)."""
     headline: ClassVar[str] = "return"
@@ -153,6 +158,27 @@ class Proposer(Learning, Protocol):
         ...
 
     def update(self, batch: Scored, step: int) -> Metrics: ...
+
+
+class Drawer(Protocol):
+    """A method that the sample loop can drive: it draws from a diffusion model that stays as it is."""
+
+    cfg: Any
+
+    def search(self, asked: Asked, reward: Any, step: int) -> tuple[Metrics, Tensor]:
+        """A part of the work for these conditions: what to report, and the rewards of what was drawn
+        (empty where there is no reward).
+
+        Args:
+            asked: what to draw.
+            reward: denoised samples, one for each of these rows in turn -> their rewards, or None.
+            step: counted from 1.
+        """
+        ...
+
+    def draw(self, asked: Asked, seeds: Any) -> Float[Tensor, "b *d"]:
+        """Samples, not yet decoded, by what was found so far."""
+        ...
 
 
 class Converser(Learning, Protocol):

@@ -220,6 +220,21 @@ class Scored(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a diffusion model is to draw, a sample each."""
+
+    row: list[int]
+    """Which row of the data each one is."""
+    rows: list[Mapping[str, Any]]
+    """Those rows."""
+    condition: Any
+    """What the denoiser is told of each (see samplers/denoisers.py); None: nothing."""
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Chain:
     """Samples on their way from noise, in coordinates x = x0 + sigma eps."""
 

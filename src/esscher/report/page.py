@@ -202,11 +202,14 @@ PICTURES_SHOWN = 12
 
 
 def _pictures(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
-    """What runs drew of themselves (figures/*.png), the first so many; others are only files."""
-    found = [(run, path) for run in runs for path in sorted(run.folder.glob("figures/*.png"))]
+    """What runs drew, first and last, and of themselves; the first so many, others are only files."""
+    found = [(run, path) for run in runs for path in run.pictures()]
     shown = []
     for run, path in found[:PICTURES_SHOWN]:
-        what = html.escape(f"{path.stem} of {run.name} on {run.env}, seed {run.seed}")
+        name = path.stem
+        if path.parent.name == "samples":
+            name = f"samples after {int(path.stem[5:]):,} steps"
+        what = html.escape(f"{name} of {run.name} on {run.env}, seed {run.seed}")
         data = base64.b64encode(path.read_bytes()).decode()
         shown.append(
             {"svg": f'<img src="data:image/png;base64,{data}" alt="{what}">', "caption": what}

@@ -53,6 +53,12 @@ class RunRecord:
         ends = files[:1] + files[1:][-1:]
         return [(int(path.stem[5:]), _read_json(path)) for path in ends]
 
+    def pictures(self) -> list[Path]:
+        """What a diffusion model drew at its first and its last evaluation, and what a method drew of
+        itself."""
+        drawn = sorted((self.folder / "samples").glob("step_*.png"))
+        return [*drawn[:1], *drawn[1:][-1:], *sorted((self.folder / "figures").glob("*.png"))]
+
     @property
     def finished(self) -> bool:
         """Whether the run reached its end (its `result.json` says so)."""

@@ -113,6 +113,9 @@ class LanguageWorld:
         finally:
             policy.train()
 
+    def pictures(self) -> dict[str, Any]:
+        return {}
+
     def score(self, evaluation: Evaluation) -> float | None:
         return None
 

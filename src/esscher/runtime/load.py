@@ -9,12 +9,14 @@ from typing import Any
 from esscher.controller import Controller
 from esscher.errors import UserError
 from esscher.experiment import EvaluationConfig, Experiment
+from esscher.painter import Painter
 from esscher.registry import load_method
 from esscher.runtime import checkpoint as checkpoints
 from esscher.runtime.device import Runtime
 from esscher.runtime.evaluate import Evaluation
 from esscher.runtime.run import read_experiment
 from esscher.runtime.state import under
+from esscher.runtime.worlds import world_of
 from esscher.types import Spec
 from esscher.writer import Writer
 
@@ -26,7 +28,8 @@ class Loaded:
     experiment: Experiment
     policy: Any
     """Of a controller: maps observations to actions of the environment; see Controller.predict. Of a
-    language model: answers prompts; see Writer.complete."""
+    language model: answers prompts; see Writer.complete. Of a diffusion model: draws; see
+    Painter.draw."""
     method: Any
     """The whole learner, critics and optimisers included."""
     step: int
@@ -65,8 +68,11 @@ def load(directory: str | Path, *, step: int | None = None) -> Loaded:
     folder = Path(directory)
     experiment = read_experiment(folder)
     checkpoint = checkpoints.load(folder, step)
-    if load_method(experiment.slug).world == "language":
+    world = load_method(experiment.slug).world
+    if world == "language":
         return _load_language(experiment, checkpoint)
+    if world == "diffusion":
+        return _load_diffusion(experiment, checkpoint)
     fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint.meta["spec"].items()
     }
@@ -76,20 +82,20 @@ def load(directory: str | Path, *, step: int | None = None) -> Loaded:
     return Loaded(experiment, Controller(method.policy, spec), method, checkpoint.step)
 
 
-def evaluate_language(
+def evaluate_model(
     directory: str | Path, evaluation: EvaluationConfig, *, step: int | None = None
 ) -> tuple[Loaded, Evaluation]:
-    """Judge the language model of a run anew, on the rows that it held out.
+    """Judge the language or diffusion model of a run anew, on the rows that it held out or draws.
 
     Raises:
-        UserError: as `load` does, or the text cannot be read any more.
+        UserError: as `load` does, or the data cannot be read any more.
     """
-    from esscher.runtime.language import LanguageWorld
-
     experiment = replace(read_experiment(Path(directory)), evaluation=evaluation)
     checkpoint = checkpoints.load(Path(directory), step)
-    with closing(LanguageWorld(experiment, Runtime())) as world:
-        loaded = _load_language(experiment, checkpoint, world)
+    language = load_method(experiment.slug).world == "language"
+    opened = _load_language if language else _load_diffusion
+    with closing(world_of(experiment, Runtime())) as world:
+        loaded = opened(experiment, checkpoint, world)
         return loaded, world.evaluate(loaded.method, checkpoint.step)
 
 
@@ -105,3 +111,17 @@ def _load_language(
     method.load_state_dict(under("method", checkpoint.state))
     writer = Writer(method.policy, world.spec.tokenizer, getattr(method, "write", None))
     return Loaded(experiment, writer, method, checkpoint.step)
+
+
+def _load_diffusion(
+    experiment: Experiment, checkpoint: checkpoints.Checkpoint, world: Any = None
+) -> Loaded:
+    from esscher.runtime.diffusion import DiffusionWorld
+
+    runtime = Runtime()
+    world = world or DiffusionWorld(experiment, runtime)
+    world.check(checkpoint.meta["spec"])
+    method = load_method(experiment.slug)(experiment.method, world.spec, runtime)
+    method.load_state_dict(under("method", checkpoint.state))
+    painter = Painter(method.policy, world.wanted, method.draw)
+    return Loaded(experiment, painter, method, checkpoint.step)

@@ -321,6 +321,7 @@ class _Run:
         self.log.append({**counters, **evaluation.to_json(), **scored})
         if evaluation.samples:
             self._keep_samples(step, evaluation.samples)
+        self._keep_pictures(step)
         if self.display:
             self.display.update(step, f"evaluated {evaluation.measure} {evaluation.told}")
         self.last_evaluation = (step, evaluation)
@@ -331,6 +332,14 @@ class _Run:
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"step_{step:09d}.json", json.dumps(samples, indent=1))
+
+    def _keep_pictures(self, step: int) -> None:
+        for name, figure in self.parts.world.pictures().items():
+            from esscher.report.plots import write_png
+
+            folder = self.folder / name
+            folder.mkdir(exist_ok=True)
+            write_png(figure, folder / f"step_{step:09d}.png")
 
     def _save(self) -> None:
         parts = self.parts

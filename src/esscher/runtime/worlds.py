@@ -1,4 +1,4 @@
-"""What a run is about: controllers in environments, or language models on text.
+"""What a run is about: controllers in environments, language models on text, diffusion models.
 
 A world builds the parts that depend on it (specification, experience, evaluation) and drives the loop;
 the runner around it is the same for all.
@@ -45,6 +45,10 @@ class World(Protocol):
 
     def evaluate(self, method: Any, step: int) -> Evaluation: ...
 
+    def pictures(self) -> dict[str, Any]:
+        """Figures of what the last evaluation drew, by name."""
+        ...
+
     def score(self, evaluation: Evaluation) -> float | None:
         """On the scale of the data's reference, where they have one."""
         ...
@@ -74,10 +78,15 @@ def world_of(experiment: Experiment, runtime: Runtime) -> World:
     Raises:
         UserError: a task, model or data that cannot be used.
     """
-    if load_method(experiment.slug).world == "language":
+    world = load_method(experiment.slug).world
+    if world == "language":
         from esscher.runtime.language import LanguageWorld
 
         return LanguageWorld(experiment, runtime)
+    if world == "diffusion":
+        from esscher.runtime.diffusion import DiffusionWorld
+
+        return DiffusionWorld(experiment, runtime)
     return ControlWorld(experiment, runtime)
 
 
@@ -132,6 +141,9 @@ class ControlWorld:
             self._evaluator = Evaluator(experiment.task, experiment.evaluation, experiment.seed)
         return self._evaluator(method.policy)
 
+    def pictures(self) -> dict[str, Any]:
+        return {}
+
     def score(self, evaluation: Evaluation) -> float | None:
         return None if self.data is None else self.data.score(evaluation.mean)
 
@@ -163,6 +175,13 @@ class ControlWorld:
             self._evaluator.close()
 
 
+SUBJECTS = {
+    "control": "a controller",
+    "language": "a language model",
+    "diffusion": "a diffusion model",
+}
+
+
 def refuse_unless(world: str, experiment: Experiment, what: str) -> None:
     """Raise unless the experiment's method lives in this world.
 
@@ -170,5 +189,5 @@ def refuse_unless(world: str, experiment: Experiment, what: str) -> None:
         UserError: saying what is not possible with the other kind.
     """
     if load_method(experiment.slug).world != world:
-        other = "a language model" if world == "control" else "a controller"
-        raise UserError(f"{experiment.slug} trains {other}: {what}")
+        other = load_method(experiment.slug).world
+        raise UserError(f"{experiment.slug} is about {SUBJECTS[other]}: {what}")
