@@ -92,13 +92,15 @@ def experience_of(run: Path, step: int | None = None) -> Any:
     """A fresh store of the kind that a run learns from, around its data if it has any."""
     loaded = esscher.load(run, step=step)
     source = loaded.experiment.stages[-1].data
+    if loaded.method.world == "diffusion":
+        return store(loaded.method, data_of(loaded.experiment.slug))
     data = None if source is None else load_dataset(source, loaded.method.spec)
     return store(loaded.method, data)
 
 
 def store(method: Any, data: Any) -> Any:
     """A method's experience, with data for those that read any."""
-    reads = method.data != "none" or method.world == "language"
+    reads = method.data != "none" or method.world != "control"
     return method.experience(data) if reads else method.experience()
 
 
@@ -144,7 +146,7 @@ def spec_of(slug: str) -> Any:
 
 
 def of_world(name: str) -> list[str]:
-    """Slugs of the methods that train a controller, or a language model."""
+    """Slugs of the methods about controllers, language models or diffusion models."""
     return [slug for slug in catalogue() if load_method(slug).world == name]
 
 
@@ -155,6 +157,9 @@ def data_of(slug: str) -> Any:
         parts = runner._Parts(smoke(slug))
         parts.close()
         return parts.world.text
+    if load_method(slug).world == "diffusion":
+        parts = runner._Parts(smoke(slug))
+        return parts.world.wanted if parts.world.real is None else parts.world.real
     source = smoke(slug).stages[-1].data
     return None if source is None else load_dataset(source, spec_of(slug))
 

@@ -139,8 +139,8 @@ def _resume(arguments: list[str]) -> int:
 def _eval(arguments: list[str]) -> int:
     """Evaluate the policy of a run: esscher eval RUN."""
     folder = Path(_positional(arguments, "esscher eval RUN [options]", "RUN"))
-    if _trains_language(folder):
-        return _eval_language(folder, arguments)
+    if _world_of_run(folder) in ("language", "diffusion"):
+        return _eval_model(folder, arguments)
     options = _parse(EvalOptions, arguments, "esscher eval RUN")
     from esscher.experiment import EvaluationConfig
     from esscher.runtime.evaluate import Evaluator, achieved_by
@@ -177,8 +177,8 @@ def _eval(arguments: list[str]) -> int:
     return 0
 
 
-def _eval_language(folder: Path, arguments: list[str]) -> int:
-    options = _parse(EvalLanguageOptions, arguments, "esscher eval RUN")
+def _eval_model(folder: Path, arguments: list[str]) -> int:
+    options = _parse(EvalModelOptions, arguments, "esscher eval RUN")
     from esscher.experiment import EvaluationConfig
     from esscher.runtime.load import evaluate_model
 
@@ -198,10 +198,13 @@ def _eval_language(folder: Path, arguments: list[str]) -> int:
 
 
 def _sample(arguments: list[str]) -> int:
-    """Let the language model of a run write: esscher sample RUN --prompt TEXT."""
+    """Let the model of a run write or draw: esscher sample RUN --prompt TEXT."""
     folder = Path(_positional(arguments, "esscher sample RUN --prompt TEXT", "RUN"))
+    world = _world_of_run(folder)
+    if world == "diffusion":
+        return _draw(folder, arguments)
     options = _parse(_sample_options(), arguments, "esscher sample RUN")
-    if not _trains_language(folder):
+    if world != "language":
         raise UserError(
             f"{folder} trained a controller: esscher eval {folder} plays episodes with it"
         )
@@ -221,12 +224,32 @@ def _sample(arguments: list[str]) -> int:
     return 0
 
 
-def _trains_language(folder: Path) -> bool:
+def _draw(folder: Path, arguments: list[str]) -> int:
+    options = _parse(DrawOptions, arguments, "esscher sample RUN")
+    out = options.out or folder / "drawn"
+    if out.exists():
+        raise UserError(f"{out} exists: choose another --out")
+    if options.prompt and options.label:
+        raise UserError("--prompt and --label exclude each other: a model draws by one of them")
+    from esscher.report.pictures import write_samples
+    from esscher.runtime.load import load
+
+    asked: list[dict[str, Any]] = [{"prompt": text} for text in options.prompt]
+    asked += [{"label": label} for label in options.label]
+    rows = [row for row in asked for _ in range(options.count)]
+    painter = load(folder, step=options.step).policy
+    drawn = painter.draw(rows or options.count, seed=options.seed)
+    write_samples(drawn, out)
+    print(f"drawn: {out} ({_count(len(drawn), 'sample')})")
+    return 0
+
+
+def _world_of_run(folder: Path) -> str:
     from esscher.runtime.run import read_experiment
 
     if not (folder / "config.json").exists():
-        return False  # Whoever opens it will say so.
-    return _world(read_experiment(folder).slug) == "language"
+        return "control"  # Whoever opens it will say so.
+    return _world(read_experiment(folder).slug)
 
 
 def _policy_of(loaded: Any, options: Any) -> Any:
@@ -275,19 +298,22 @@ def _compare(arguments: list[str]) -> int:
     slugs = []
     while arguments and not arguments[0].startswith("-"):
         slugs.append(arguments.pop(0))
-    if slugs and _world(slugs[0]) == "language":
-        kind = _compare_writers_options()
-        own = {f.name: (f.type,) for f in dataclasses.fields(kind)}
-        arguments = _in_full(arguments, own)
-    else:
-        kind = _compare_options()
+    kinds = {
+        "control": _compare_options,
+        "language": _compare_writers_options,
+        "diffusion": _compare_painters_options,
+    }
+    world = _world(slugs[0]) if slugs else "control"
+    kind = kinds[world]()
+    if world != "control":
+        arguments = _in_full(arguments, {f.name: (f.type,) for f in dataclasses.fields(kind)})
     options = _parse(kind, arguments, "esscher compare SLUG SLUG ...")
     if not slugs:
         raise UserError("compare needs methods: esscher compare sac ppo --env.id Pendulum-v1")
     from esscher.experiment import Stage
     from esscher.runtime.sweep import comparison, sweep
 
-    names = ("env", "model", "text", "data", "steps")
+    names = ("env", "model", "text", "image", "data", "steps")
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
     footing = {}
     if not options.as_published:
@@ -326,24 +352,35 @@ def _report(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
-    """Hand a trained policy to another tool: esscher export RUN --to onnx|transformers."""
-    folder = Path(_positional(arguments, "esscher export RUN --to onnx|transformers", "RUN"))
+    """Hand a trained policy to another tool: esscher export RUN --to onnx|transformers|diffusers."""
+    usage = "esscher export RUN --to onnx|transformers|diffusers"
+    folder = Path(_positional(arguments, usage, "RUN"))
     options = _parse(ExportOptions, arguments, "esscher export RUN")
     from esscher.runtime.load import load
 
-    language = _trains_language(folder)
-    if options.to is not None and language != (options.to == "transformers"):
-        kind, other = ("language model", "transformers") if language else ("controller", "onnx")
-        raise UserError(f"{folder} trained a {kind}: --to {other}")
-    if language:
-        from esscher.adapters.models import save_model
-
+    world = _world_of_run(folder)
+    kind, fitting = {
+        "control": ("controller", "onnx"),
+        "language": ("language model", "transformers"),
+        "diffusion": ("diffusion model", "diffusers"),
+    }[world]
+    if options.to not in (None, fitting):
+        raise UserError(f"{folder} trained a {kind}: --to {fitting}")
+    if world != "control":
         out = options.out or folder / "exported"
         if out.exists():
             raise UserError(f"{out} exists: choose another --out")
-        writer = load(folder, step=options.step).policy
-        save_model(writer.policy, writer.tokenizer, out, merged=True)
-        print(f"exported: {out} (AutoModelForCausalLM.from_pretrained opens it)")
+        policy = load(folder, step=options.step).policy
+        if world == "language":
+            from esscher.adapters.models import save_model
+
+            save_model(policy.policy, policy.tokenizer, out, merged=True)
+            print(f"exported: {out} (AutoModelForCausalLM.from_pretrained opens it)")
+            return 0
+        from esscher.adapters.diffusers import save_diffusion
+
+        save_diffusion(policy.model, out)
+        print(f"exported: {out} (DiffusionPipeline.from_pretrained opens it)")
         return 0
     out = options.out or folder / "policy.onnx"
     try:
@@ -505,9 +542,9 @@ class EvalOptions:
 
 
 @dataclass
-class EvalLanguageOptions:
+class EvalModelOptions:
     episodes: int = 32
-    """Rows to judge, of those held out."""
+    """Rows to judge, of those held out; of a diffusion model, samples to draw."""
     step: int | None = None
     """Checkpoint to judge; by default the newest."""
     stochastic: bool = False
@@ -517,10 +554,26 @@ class EvalLanguageOptions:
 
 
 @dataclass
+class DrawOptions:
+    prompt: tuple[str, ...] = ()
+    """What to draw, of models that draw by a prompt."""
+    label: tuple[int, ...] = ()
+    """What to draw, of models that draw by a class."""
+    count: int = 16
+    """Samples of each prompt or label; of the run's own rows in turn where neither is given."""
+    seed: int = 0
+    """Decides every draw."""
+    out: Path | None = None
+    """Folder of PNG images, or of samples.npy; by default drawn/ in the run folder."""
+    step: int | None = None
+    """Checkpoint; by default the newest."""
+
+
+@dataclass
 class ExportOptions:
-    to: Literal["onnx", "transformers"] | None = None
-    """Format: onnx, of controllers; transformers, of language models, with adapters merged in. By
-    default whichever fits the run."""
+    to: Literal["onnx", "transformers", "diffusers"] | None = None
+    """Format: onnx, of controllers; transformers and diffusers, of language and diffusion models, with
+    adapters merged in. By default whichever fits the run."""
     out: Path | None = None
     """File or folder; by default policy.onnx or exported/ in the run folder."""
     step: int | None = None
@@ -713,6 +766,51 @@ def _compare_writers_options() -> type:
     return CompareOptions
 
 
+def _compare_painters_options() -> type:
+    from esscher.experiment import EvaluationConfig, ImageConfig, LogConfig, ModelConfig
+    from esscher.runtime.device import RuntimeConfig
+
+    @dataclass(kw_only=True)
+    class CompareOptions(ManyRuns):
+        model: ModelConfig = field(default_factory=ModelConfig)
+        """What every method begins with."""
+        image: ImageConfig = field(default_factory=ImageConfig)
+        data: str | None = None
+        """Rows to draw."""
+        steps: int = 100
+        """Iterations of drawing and learning."""
+        batch_size: int = 32
+        """Rows an iteration of every method."""
+        evaluation: EvaluationConfig = field(
+            default_factory=lambda: EvaluationConfig(every=10, episodes=32)
+        )
+        runtime: RuntimeConfig = field(default_factory=lambda: RuntimeConfig(threads=1))
+        log: LogConfig = field(default_factory=lambda: LogConfig(every=1))
+
+    return CompareOptions
+
+
+STAGE_PARTS = {
+    "control": ("env",),
+    "language": ("model", "text"),
+    "diffusion": ("model", "image"),
+}
+DATA_HELP = {
+    "control": "Logged steps to learn from: minari:NAME, FILE.hdf5 (D4RL), FOLDER of .npz, or "
+    "module:function.",
+    "language": "Rows of text: FILE.jsonl, FILE.parquet, a FOLDER saved by datasets, a Hugging Face "
+    "name, or module:function.",
+    "diffusion": "Rows with a prompt or label each to draw: FILE.jsonl, FILE.parquet, a FOLDER saved "
+    "by datasets, a Hugging Face name or module:function; real samples, where a method learns from "
+    "those: besides, a FOLDER of images or FILE.npz.",
+}
+STEPS_HELP = {
+    "control": "Environment steps, counted over all parallel copies.",
+    "language": "Updates, or iterations of writing and learning.",
+    "diffusion": "Updates, or iterations of drawing and learning.",
+}
+
+
 def _world(slug: str) -> str:
     from esscher.registry import load_method
 
@@ -736,8 +834,8 @@ def _experiment_options(
     else:
         default = Experiment.of(module.Config())
     stage = default.stages[-1]
-    language = load_method(slug).world == "language"
-    parts = ("model", "text") if language else ("env",)
+    world = load_method(slug).world
+    parts = STAGE_PARTS[world]
     values = {
         **{part: (type(getattr(stage, part)), getattr(stage, part)) for part in parts},
         "data": (str | None, stage.data),
@@ -750,14 +848,9 @@ def _experiment_options(
         },
         "label": (str | None, default.label),
     }
-    steps = "Updates, or iterations of writing and learning."
     helps = {
-        "data": "Rows of text: FILE.jsonl, FILE.parquet, a FOLDER saved by datasets, a Hugging Face "
-        "name, or module:function."
-        if language
-        else "Logged steps to learn from: minari:NAME, FILE.hdf5 (D4RL), FOLDER of .npz, or "
-        "module:function.",
-        "steps": steps if language else "Environment steps, counted over all parallel copies.",
+        "data": DATA_HELP[world],
+        "steps": STEPS_HELP[world],
         "seed": "Decides every random number of the run.",
         "label": "Name in reports, for telling variants apart.",
     }
@@ -795,7 +888,7 @@ def _in_full(arguments: list[str], values: dict[str, Any]) -> list[str]:
     """Short options as long ones: --model X is --model.source X, --beta is --method.beta."""
     groups = {
         name: {f.name for f in dataclasses.fields(values[name][0])}
-        for name in ("method", "text", "model")
+        for name in ("method", "text", "image", "model")
         if name in values
     }
     full = []

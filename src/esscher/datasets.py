@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from esscher.adapters.imports import needed
 from esscher.envs import Chain, CombinationLock, Corridor
 from esscher.experience import Dataset
 from esscher.types import Transitions
@@ -172,3 +173,10 @@ def combination_lock(horizon: int, episodes: int, **settings: Any) -> Columns:
         return np.eye(env.num_latent_actions)[env.right[env.time, state]]
 
     return _rows(env, knowing, horizon * episodes)
+
+
+def digits() -> dict[str, Any]:
+    """1,797 handwritten digits of 8 x 8 (scikit-learn's copy of the UCI set), with their labels."""
+    sklearn: Any = needed("sklearn.datasets", "esscher.datasets:digits", "diffusion")
+    found = sklearn.load_digits()
+    return {"image": (found.images / 16).astype("float32"), "label": found.target}

@@ -117,10 +117,15 @@ class ImageConfig:
     """Of a Hugging Face data set."""
     reward: str | None = None
     """module:function that scores what was drawn: called with (images, rows), it returns one number an
-    image; see docs/rewards.md."""
+    image; or one of esscher.image_rewards. See docs/rewards.md."""
+    reward_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Of a reward that is made first: --image.reward-kwargs target 3."""
+    batch_size: int = 64
+    """Samples drawn at once where the model is judged, >= 1."""
 
     def __post_init__(self) -> None:
         require("image.labels", self.labels, all(n >= 0 for n in self.labels), ">= 0 each")
+        require("image.batch_size", self.batch_size, self.batch_size >= 1, ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,6 +400,11 @@ def _check_diffusion(slug: str, kind: Any, stage: Stage) -> None:
         )
     if stage.data is not None and stage.image.labels:
         raise UserError("--data and --image.labels exclude each other: both say what to draw")
+    if kind.loop == "offline" and stage.data is None:
+        raise UserError(
+            f"{slug} learns from real samples: give --data FOLDER of images, FILE.npz, a Hugging Face "
+            "name or module:function"
+        )
     if kind.rewarded and stage.image.reward is None:
         raise UserError(
             f"{slug} needs a reward: give --reward module:function, called with (images, rows)"

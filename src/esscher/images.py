@@ -29,8 +29,9 @@ def mixture(
     std: float = 0.1,
     width: int = 64,
     classes: bool = False,
+    weights: str = "",
 ) -> DiffusionModel:
-    """Equal Gaussians on a circle in the plane, as a network that knows them before any training.
+    """Gaussians on a circle in the plane, as a network that knows them before any training.
 
     D(x, sigma, label) = E[x0 | x] + out F(in x, log(sigma) / 4, label), with F a network whose last
     layer begins at 0 and scalings as in EDM; so the first samples are exact, and training may move the
@@ -42,11 +43,15 @@ def mixture(
         std: of each component, > 0.
         width: of the two hidden layers.
         classes: each component is a class, drawn by the column label; -1 is no class.
+        weights: of the components, separated by commas; empty: all equal.
     """
     require("components", components, components >= 1, ">= 1")
     require("radius", radius, radius > 0, "> 0")
     require("std", std, std > 0, "> 0")
-    denoiser = MixtureNetwork(components, radius, std, width, classes)
+    parts = [float(part) for part in weights.split(",")] if weights else [1.0] * components
+    positive = len(parts) == components and all(part > 0 for part in parts)
+    require("weights", weights, positive, f"{components} positive numbers")
+    denoiser = MixtureNetwork(components, radius, std, width, classes, torch.tensor(parts))
 
     def levels(steps: int) -> Float[Tensor, "k"]:
         require("steps", steps, steps >= 1, ">= 1")
@@ -63,8 +68,17 @@ def mixture(
 class MixtureNetwork(nn.Module):
     """See `mixture`."""
 
-    def __init__(self, components: int, radius: float, std: float, width: int, classes: bool):
+    def __init__(
+        self,
+        components: int,
+        radius: float,
+        std: float,
+        width: int,
+        classes: bool,
+        weights: Float[Tensor, "k"],
+    ):
         super().__init__()
+        self.register_buffer("weights", weights, persistent=False)
         angle = torch.arange(components) * (2 * math.pi / components)
         means = radius * torch.stack([angle.cos(), angle.sin()], -1)
         self.register_buffer("means", means, persistent=False)
@@ -84,6 +98,7 @@ class MixtureNetwork(nn.Module):
 
     means: Tensor
     labels: Tensor
+    weights: Tensor
 
     def encode(self, rows: Any) -> Int[Tensor, "b"]:
         """Class of each row."""
@@ -100,7 +115,8 @@ class MixtureNetwork(nn.Module):
         sigma: Float[Tensor, "b"],
         condition: Int[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b d"]:
-        exact = GaussianMixture(self.means, self.std, labels=self.labels)(x, sigma, condition)
+        mixture = GaussianMixture(self.means, self.std, self.weights, self.labels)
+        exact = mixture(x, sigma, condition)
         _, out, scale, noise = edm_scalings(sigma, self.spread)
         features = [over(scale, x) * x, noise.unsqueeze(-1)]
         if self.classes:

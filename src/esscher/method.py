@@ -1,5 +1,6 @@
 """What a method is: one flat class in one file, known to the loops by three small protocols."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ from esscher.types import (
     Asked,
     Candidates,
     Completions,
+    Drawn,
     Episodes,
     Metrics,
     Prompts,
@@ -50,16 +52,18 @@ class Method(Stateful):
 
     world: ClassVar[Literal["control", "language", "diffusion"]] = "control"
     """What it is about: a controller of environments, a language model, or a diffusion model."""
-    loop: ClassVar[
-        Literal["online", "offline", "evolve", "generate", "converse", "sample"]
-    ] = "online"
+    loop: ClassVar[Literal["online", "offline", "evolve", "generate", "converse", "draw"]] = (
+        "online"
+    )
     """offline: nothing but logged data, and the task serves only to judge the policy; evolve: a
     population, judged by whole episodes; generate: completions of prompts, judged by a reward;
-    converse: whole dialogues with a game; sample: a diffusion model is drawn from and not trained."""
+    converse: whole dialogues with a game; draw: samples of a diffusion model, judged by a reward."""
     rows: ClassVar[Literal["pairs", "demonstrations", "prompts"]] = "demonstrations"
     """Of a language method: what each row of its text holds."""
     rewarded: ClassVar[bool] = False
     """Of a diffusion method: whether it needs a reward."""
+    trains: ClassVar[bool] = True
+    """Whether the model is changed; else only how it is drawn from."""
     data: ClassVar[Literal["none", "optional", "required"]] = "none"
     """Whether logged steps are read; then `experience` takes them (None where they are optional)."""
     headline: ClassVar[str] = "return"
@@ -160,24 +164,49 @@ class Proposer(Learning, Protocol):
     def update(self, batch: Scored, step: int) -> Metrics: ...
 
 
+class Judge(Protocol):
+    """A reward of what a diffusion model draws."""
+
+    of_sets: bool
+    """Whether it judges a whole set and not one sample."""
+
+    def __call__(
+        self, x: Float[Tensor, "b *d"], rows: Sequence[Mapping[str, Any]]
+    ) -> Float[Tensor, "b"]:
+        """Of each sample, not yet decoded, and its row of the data."""
+        ...
+
+    def embed(
+        self, x: Float[Tensor, "b *d"], rows: Sequence[Mapping[str, Any]]
+    ) -> Float[Tensor, "b e"]:
+        """What `of_set` looks at of each sample."""
+        ...
+
+    def of_set(self, embedding: Float[Tensor, "n e"]) -> float:
+        """Of a set of samples, by their embeddings."""
+        ...
+
+
 class Drawer(Protocol):
-    """A method that the sample loop can drive: it draws from a diffusion model that stays as it is."""
+    """A method that the draw loop can drive: it draws from a diffusion model, and may train it."""
 
     cfg: Any
 
-    def search(self, asked: Asked, reward: Any, step: int) -> tuple[Metrics, Tensor]:
-        """A part of the work for these conditions: what to report, and the rewards of what was drawn
-        (empty where there is no reward).
+    def improve(
+        self, asked: Asked, reward: Judge | None, step: int
+    ) -> tuple[Metrics, Float[Tensor, "n"]]:
+        """A part of the work for these conditions: what to report, and the rewards of all that was
+        drawn (empty where there is no reward).
 
         Args:
             asked: what to draw.
-            reward: denoised samples, one for each of these rows in turn -> their rewards, or None.
+            reward: what samples are worth; None: nothing says.
             step: counted from 1.
         """
         ...
 
-    def draw(self, asked: Asked, seeds: Any) -> Float[Tensor, "b *d"]:
-        """Samples, not yet decoded, by what was found so far."""
+    def draw(self, asked: Asked, seeds: Sequence[int]) -> Drawn:
+        """Samples by what was found so far, each by its own seed."""
         ...
 
 

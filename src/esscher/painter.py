@@ -10,7 +10,7 @@ from torch import Tensor
 from esscher.distributions.diffusion import DiffusionModel
 from esscher.experience.conditions import Wanted
 from esscher.runtime.rng import mix
-from esscher.types import Asked
+from esscher.types import Asked, Drawn
 
 
 class Painter:
@@ -19,11 +19,11 @@ class Painter:
     Args:
         model: the model.
         wanted: the rows that the run drew.
-        draw: what is asked for and seeds -> samples, not yet decoded.
+        draw: what is asked for, and a seed for each -> samples.
     """
 
     def __init__(
-        self, model: DiffusionModel, wanted: Wanted, draw: Callable[[Asked, Sequence[int]], Tensor]
+        self, model: DiffusionModel, wanted: Wanted, draw: Callable[[Asked, Sequence[int]], Drawn]
     ):
         self.model, self._wanted, self._draw = model, wanted, draw
 
@@ -44,4 +44,4 @@ class Painter:
         else:
             asked = Asked(row=[-1] * len(rows), rows=list(rows), condition=own.encode(rows))
         seeds = [mix(seed, number) for number in range(len(asked))]
-        return self.model.decode(self._draw(asked, seeds)).float().cpu()
+        return self.model.decode(self._draw(asked, seeds).x).float().cpu()

@@ -55,6 +55,8 @@ class Record:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         def apply(value: Any) -> Any:
+            if value is None:
+                return None
             if isinstance(value, Mapping):
                 return {name: function(item) for name, item in value.items()}
             if isinstance(value, Record):
@@ -232,6 +234,24 @@ class Asked:
 
     def __len__(self) -> int:
         return len(self.row)
+
+
+@record
+class Drawn(Record):
+    """Samples of a diffusion model, not yet decoded."""
+
+    x: Float[Tensor, "b *d"]
+    told: dict[str, Float[Tensor, "b"]]
+    """Of each sample, what there is to say about how it was drawn."""
+
+
+@record
+class Samples(Record):
+    """Real samples, as a diffusion model has them."""
+
+    x: Float[Tensor, "b *d"]
+    condition: Any
+    """What the denoiser is told of each; None: nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -78,8 +78,8 @@ def load_diffusion(config: ModelConfig, device: torch.device) -> DiffusionModel:
 
     A function of the user's own returns a pipeline of diffusers, a `DiffusionModel`, or a denoiser
     D(x, sigma, condition) with the attribute `shape` of one sample; of a denoiser the attributes
-    `levels`, `null`, `encode`, `decode` and `columns` are read if they are there, as they are told to
-    a `DiffusionModel`. Its default levels are those of Karras et al., from 80 to 0.002 and then 0.
+    `levels`, `null`, `encode`, `decode`, `invert` and `columns` are read if they are there, as they are
+    told to a `DiffusionModel`. Its default levels are those of Karras et al., from 80 to 0.002, then 0.
 
     Args:
         config: `source` says where; kwargs go to a module:function, else they may hold null_class,
@@ -408,6 +408,19 @@ class Labels(nn.Module):
         return found
 
 
+class Inverter(_Part):
+    """Images in [0, 1] -> latents, the mean of what the autoencoder says."""
+
+    def __init__(self, autoencoder: Any, dtype: torch.dtype):
+        super().__init__(autoencoder, dtype)
+        self._scale = float(autoencoder.config.scaling_factor)
+
+    @torch.no_grad()
+    def forward(self, shown: Float[Tensor, "b k i j"]) -> Float[Tensor, "b c h w"]:
+        found = self.part.encode((2 * shown - 1).to(self.part.dtype)).latent_dist
+        return found.mode().float() * self._scale
+
+
 def _in(dtype: torch.dtype, module: Any) -> Any:
     """A part with its weights in another precision; diffusers' own `to` warns without a reason."""
     for parameter in module.parameters():
@@ -417,6 +430,10 @@ def _in(dtype: torch.dtype, module: Any) -> Any:
 
 def _image(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     return (x / 2 + 0.5).clamp(0, 1)
+
+
+def _from_image(shown: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    return 2 * shown - 1
 
 
 # ---- from a pipeline, and from what is the user's own
@@ -438,6 +455,7 @@ def _of_pipeline(
         _in(torch.float32, network).requires_grad_(True)
     told: Any = {}
     decode: Any = _image
+    invert: Any = _from_image
     if name == "StableDiffusionPipeline":
         told = {"encode": TextEncoder(pipeline, dtype).to(device), "columns": ["prompt"]}
         wrapped = Network(network, "encoder_hidden_states", "prompt")
@@ -451,12 +469,13 @@ def _of_pipeline(
     if hasattr(pipeline, "vae"):
         if config.gradient_checkpointing:
             pipeline.vae.enable_gradient_checkpointing()
-        decode = Decoder(pipeline.vae, dtype)
+        decode, invert = Decoder(pipeline.vae, dtype), Inverter(pipeline.vae, dtype)
     model = DiffusionModel(
         _denoiser(wrapped, pipeline.scheduler),
         shape,
         levels_of(pipeline.scheduler),
         decode=decode,
+        invert=invert,
         frozen_dtype=dtype,
         **told,
     ).to(device)
@@ -536,7 +555,7 @@ def _of_users(found: Any, source: str) -> DiffusionModel:
         )
     options = {
         name: getattr(found, name)
-        for name in ("null", "encode", "decode", "columns")
+        for name in ("null", "encode", "decode", "invert", "columns")
         if getattr(found, name, None) is not None
     }
     denoiser: Any = found
@@ -606,11 +625,10 @@ def _with_adapters(network: Any, config: ModelConfig) -> Any:
 
 
 def _whole(pipeline: Any, network: Any) -> Any:
-    """The pipeline with adapters written into the weights that they change, in float32."""
-    if not hasattr(network, "merge_and_unload"):
-        return pipeline
-    whole = copy.copy(pipeline)
-    merged = copy.deepcopy(network).float().merge_and_unload()
+    """The pipeline with this network; adapters are written into the weights they change, in float32."""
+    whole, merged = copy.copy(pipeline), network
+    if hasattr(network, "merge_and_unload"):
+        merged = copy.deepcopy(network).float().merge_and_unload()
     whole.register_modules(**{NETWORKS[type(pipeline).__name__]: merged})
     return whole
 

@@ -1,8 +1,9 @@
 """Rewards of what a diffusion model draws: users' functions, in this process, since gradients may be
 asked of them.
 
-A reward is called as reward(images, rows): a tensor, one image (or whatever the model draws) a row, and
-as many rows of the data. It returns one finite number an image; more is better.
+A reward of samples is called as reward(images, rows): a tensor, one image (or whatever the model draws)
+a row, and as many rows of the data. It returns one finite number an image; more is better. A reward of
+sets has two methods instead: embed(images, rows), a vector an image, and of_set(embeddings), a number.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,55 +16,111 @@ from torch import Tensor
 from esscher.adapters.imports import users_own
 from esscher.errors import UserError
 
+Rows = Sequence[Mapping[str, Any]]
+TELLING = 1_000
+"""Images after which a reward that never changed is refused."""
+
 
 class ImageReward:
     """A user's reward, with its answers checked.
 
     Args:
         source: module:function.
+        kwargs: if there are any, or `source` is a class, it is called with these first and returns the
+            reward.
         decode: denoised samples -> what the reward is shown.
 
     Raises:
-        UserError: it cannot be imported.
+        UserError: it cannot be imported or made.
     """
 
-    def __init__(self, source: str, decode: Callable[[Tensor], Tensor]):
+    def __init__(self, source: str, kwargs: Mapping[str, Any], decode: Callable[[Tensor], Tensor]):
         self.source, self._decode = source, decode
         self._function = users_own(source, "reward")
+        if kwargs or isinstance(self._function, type):
+            try:
+                self._function = self._function(**kwargs)
+            except TypeError as error:
+                raise UserError(f"reward {source} cannot be made: {error}") from error
+        self.of_sets = hasattr(self._function, "of_set")
+        self._seen, self._lowest, self._highest = 0, float("inf"), -float("inf")
 
-    def __call__(
-        self, samples: Float[Tensor, "b *d"], rows: Sequence[Mapping[str, Any]]
-    ) -> Float[Tensor, "b"]:
+    def __call__(self, x: Float[Tensor, "b *d"], rows: Rows) -> Float[Tensor, "b"]:
         """The reward of each sample, not yet decoded.
 
         Raises:
-            UserError: it raised, or its answer is not one finite number a sample.
+            UserError: it raised, its answer is not one finite number a sample, it has never changed,
+                or it judges sets.
         """
-        shown = self._decode(samples)
+        if self.of_sets:
+            raise UserError(
+                f"reward {self.source} judges sets of samples, and here each sample is judged alone: "
+                "use dragon, or a reward called with (images, rows)"
+            )
+        answer = self._asked(self._function, x, rows)
+        if answer.shape != (len(x),):
+            raise UserError(
+                f"reward {self.source} must return {len(x)} numbers, one an image, got shape "
+                f"{tuple(answer.shape)}"
+            )
+        self._check_telling(answer)
+        return answer.to(x.dtype)
+
+    def embed(self, x: Float[Tensor, "b *d"], rows: Rows) -> Float[Tensor, "b e"]:
+        """Of a reward of sets, what it looks at of each sample.
+
+        Raises:
+            UserError: it raised, its answer is not a finite vector a sample, or it judges samples.
+        """
+        if not self.of_sets:
+            raise UserError(
+                f"reward {self.source} judges samples one by one: a reward of sets has embed and of_set"
+            )
+        answer = self._asked(self._function.embed, x, rows)
+        if answer.ndim != 2 or len(answer) != len(x):
+            raise UserError(
+                f"reward {self.source} must embed {len(x)} images as as many vectors, got shape "
+                f"{tuple(answer.shape)}"
+            )
+        return answer
+
+    def of_set(self, embedding: Float[Tensor, "n e"]) -> float:
+        """Of a reward of sets, what these samples are worth together.
+
+        Raises:
+            UserError: it raised, or its answer is not a finite number.
+        """
+        answer = self._called(self._function.of_set, embedding)
+        if answer.numel() != 1 or not bool(answer.isfinite().all()):
+            raise UserError(
+                f"reward {self.source} must return a finite number for a set, got {answer.tolist()}"
+            )
+        return float(answer)
+
+    def _asked(self, function: Callable[..., Any], x: Tensor, rows: Rows) -> Tensor:
+        answer = self._called(function, self._decode(x), rows).to(x.device)
+        bad = ~answer.isfinite().flatten(1 if answer.ndim > 1 else 0)
+        if bool(bad.any()):
+            raise UserError(
+                f"reward {self.source} returned {answer[~answer.isfinite()][0].item()} for an image: "
+                "what it returns must be finite"
+            )
+        return answer
+
+    def _called(self, function: Callable[..., Any], *given: Any) -> Tensor:
         try:
-            answer = torch.as_tensor(self._function(shown, rows), device=samples.device)
+            return torch.as_tensor(function(*given))
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"reward {self.source} failed: {error!r}") from error
-        if answer.shape != (len(samples),):
+
+    def _check_telling(self, answer: Tensor) -> None:
+        self._seen += len(answer)
+        self._lowest = min(self._lowest, float(answer.min()))
+        self._highest = max(self._highest, float(answer.max()))
+        if self._seen >= TELLING and self._lowest == self._highest:
             raise UserError(
-                f"reward {self.source} must return {len(samples)} numbers, one an image, got shape "
-                f"{tuple(answer.shape)}"
+                f"reward {self.source} was {self._lowest:g} for all of the first {self._seen} images: "
+                "nothing can be learned from a reward that is constant"
             )
-        bad = ~answer.isfinite()
-        if bool(bad.any()):
-            raise UserError(
-                f"reward {self.source} returned {answer[bad][0].item()} for {int(bad.sum())} of "
-                f"{len(samples)} images: it must be finite"
-            )
-        return answer.to(samples.dtype)
-
-    def of(self, rows: Sequence[Mapping[str, Any]]) -> Callable[[Tensor], Tensor]:
-        """The reward of samples of these rows, in this order; several of each follow each other."""
-
-        def reward(samples: Tensor) -> Tensor:
-            copies = len(samples) // len(rows)
-            return self(samples, [row for row in rows for _ in range(copies)])
-
-        return reward

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class DiffusionModel(TrainedState):
         encode: rows of the data (a label, a prompt) -> their condition; None: there are no conditions.
         decode: denoised samples -> what is shown and judged (images "b c h w" in [0, 1], or the
             samples themselves).
+        invert: the way back from those, for real samples; None: they are what the denoiser sees.
         columns: what `encode` reads of a row.
         frozen_dtype: of the weights of copies that are not trained; other than float32 only where the
             denoiser turns its inputs into it.
@@ -44,6 +46,7 @@ class DiffusionModel(TrainedState):
         null: Condition = None,
         encode: Callable[[Sequence[Mapping[str, Any]]], Condition] | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
+        invert: Callable[[Tensor], Tensor] | None = None,
         columns: Sequence[str] = (),
         frozen_dtype: torch.dtype = torch.float32,
     ):
@@ -51,7 +54,7 @@ class DiffusionModel(TrainedState):
         self.denoiser: Any = denoiser
         self.shape, self.levels, self.null = tuple(shape), levels, null
         self.columns, self.frozen_dtype = tuple(columns), frozen_dtype
-        self._encode, self._decode = encode, decode
+        self._encode, self._decode, self._invert = encode, decode, invert
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -82,6 +85,24 @@ class DiffusionModel(TrainedState):
             parameter.data = parameter.data.to(self.frozen_dtype)
         return twin
 
+    def averaged(self) -> "DiffusionModel":
+        """A copy for a running average of the weights: no optimiser moves it, `polyak` does."""
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
+        twin.denoiser = copy.deepcopy(self.denoiser)
+        return twin
+
+    def noise_levels(self, count: int) -> Float[Tensor, "b"]:
+        """Noise levels to learn at: uniformly from those that the model was trained at where it has a
+        table of them, else from a thousand levels between its first and its last.
+        """
+        table = getattr(self.denoiser, "sigmas", None)
+        if table is None:
+            levels = self.levels(1000)
+            table = levels[levels > 0]
+        place = torch.randint(len(table), (count,), device=self.device)
+        return table.to(self.device)[place].float()
+
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> Condition:
         """The condition of rows of data, one sample each."""
         return None if self._encode is None else self._encode(rows)
@@ -89,6 +110,10 @@ class DiffusionModel(TrainedState):
     def decode(self, x0: Float[Tensor, "b *d"]) -> Float[Tensor, "b *s"]:
         """What is shown and judged."""
         return x0 if self._decode is None else self._decode(x0)
+
+    def invert(self, shown: Float[Tensor, "b *s"]) -> Float[Tensor, "b *d"]:
+        """Real samples as the denoiser sees them: what `decode` shows as these."""
+        return shown if self._invert is None else self._invert(shown)
 
     def guided(self, scale: float) -> Denoiser:
         """The denoiser under classifier-free guidance; scale 1 is none.
@@ -155,3 +180,11 @@ def _adapted(denoiser: nn.Module) -> list[Any]:
         for module in denoiser.modules()
         if hasattr(module, "peft_config") and hasattr(module, "disable_adapter")
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """What a method of diffusion models is made for."""
+
+    model: DiffusionModel
+    num_agents: int = 1

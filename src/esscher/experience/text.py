@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esscher.errors import UserError
-from esscher.runtime.rng import Phase, numpy_generator
+from esscher.experience.order import Epochs
 from esscher.types import Demonstrations, Pairs, Prompts, Record, Tokens
 
 Item = TypeVar("Item")
@@ -58,7 +58,7 @@ class Batches(Generic[AnyRecord]):
             )
         self.text, self.batch_size = text, batch_size
         self._collate = collate
-        self._epoch, self._order = -1, None
+        self._order = Epochs(len(text.train), text.seed)
 
     def batches(self, step: int) -> Iterator[AnyRecord]:
         """The batch of a step, counted from 1."""
@@ -68,16 +68,8 @@ class Batches(Generic[AnyRecord]):
         """The batch of a step, counted from 1."""
         start = (step - 1) * self.batch_size
         places = range(start + self.text.rank, start + self.batch_size, self.text.world)
-        rows = [self._row(place) for place in places]
+        rows = [self._order.row(place) for place in places]
         return self._collate(rows, [self.text.train[row] for row in rows], self.text.pad_token)
-
-    def _row(self, place: int) -> int:
-        epoch, position = divmod(place, len(self.text.train))
-        if epoch != self._epoch:
-            draw = numpy_generator(self.text.seed, epoch, Phase.ORDER)
-            self._epoch, self._order = epoch, draw.permutation(len(self.text.train))
-        assert self._order is not None
-        return int(self._order[position])
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -169,6 +169,32 @@ def edm_scalings(
     )
 
 
+def denoising_terms(
+    denoised: Float[Tensor, "b *d"],
+    x0: Float[Tensor, "b *d"],
+    sigma: Float[Tensor, "b"],
+    weighting: Prediction,
+) -> Float[Tensor, "b"]:
+    """Squared error of a denoised estimate, averaged over components, as the error of a prediction:
+
+        sample            |x0 - denoised|^2
+        epsilon           |x0 - denoised|^2 / sigma^2                      (the simple loss of DDPM)
+        v_prediction      |x0 - denoised|^2 (1 + sigma^2) / sigma^2
+        flow_prediction   |x0 - denoised|^2 (1 + sigma)^2 / sigma^2
+
+    Source: Ho et al. 2020 (DDPM, arXiv 2006.11239), eq. 14; Salimans and Ho 2022 (arXiv 2202.00512).
+    Gradient: to all.
+    """
+    error = (denoised - x0).square().flatten(1).mean(-1)
+    if weighting == "sample":
+        return error
+    if weighting == "epsilon":
+        return error / sigma.square()
+    if weighting == "v_prediction":
+        return error * (1 + sigma.square()) / sigma.square()
+    return error * ((1 + sigma) / sigma).square()
+
+
 def reverse_kernel(
     x: Float[Tensor, "b *d"],
     denoised: Float[Tensor, "b *d"],
@@ -210,6 +236,31 @@ def gaussian_log_prob(
     terms = -0.5 * ((x - mean) / spread).square() - spread.log() - 0.5 * math.log(2 * math.pi)
     flat = terms.flatten(1)
     return flat.sum(-1) if reduction == "sum" else flat.mean(-1)
+
+
+def reverse_kl_terms(
+    denoised: Float[Tensor, "b *d"],
+    reference: Float[Tensor, "b *d"],
+    sigma: Level,
+    next_sigma: Level,
+    eta: float,
+) -> Float[Tensor, "b"]:
+    """KL of a step's reverse kernel under two models that stand at the same x, nats.
+
+    |mean - mean_ref|^2 / (2 std^2), symmetric; at eta 1 it is (1 / next^2 - 1 / sigma^2) / 2 times
+    |denoised - denoised_ref|^2. Added up along a chain it bounds the KL of what the chains end in.
+
+    Args:
+        next_sigma: > 0, for a step to noise level 0 has no density.
+        eta: in (0, 1].
+
+    Source: Fan et al. 2023 (DPOK, arXiv 2305.16381), lemma 4.2, for this kernel.
+    Gradient: to both estimates.
+    """
+    origin = torch.zeros_like(denoised)  # Where they stand makes no difference.
+    mean, std = reverse_kernel(origin, denoised, sigma, next_sigma, eta)
+    other, _ = reverse_kernel(origin, reference, sigma, next_sigma, eta)
+    return (mean - other).flatten(1).square().sum(-1) / (2 * std.square())
 
 
 def multistep(

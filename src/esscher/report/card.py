@@ -79,6 +79,9 @@ OWN_TASK = {
     "`--steps UPDATES",
     "demonstrations": "--model FOLDER --data ROWS.jsonl` with columns prompt and completion (or text), "
     "`--steps UPDATES",
+    "rows": "--model FOLDER --data ROWS.jsonl` with a column prompt or label (or "
+    "`--image.labels 0 1`), `--reward module:function --steps ITERATIONS",
+    "samples": "--model FOLDER --data FOLDER_OF_IMAGES --steps UPDATES",
     "prompts": "--model FOLDER --data PROMPTS.jsonl --reward module:function` (or "
     "`--task reasoning_gym:NAME` in place of both), `--steps ITERATIONS",
 }
@@ -102,6 +105,8 @@ def _literals(module: ast.Module) -> dict[str, Any]:
 
 def _own_task(module: ast.Module) -> str:
     said = _literals(module)
+    if said.get("world") == "diffusion":
+        return OWN_TASK["samples" if said.get("loop") == "offline" else "rows"]
     language = said.get("world") == "language"
     return OWN_TASK[said.get("rows", "demonstrations") if language else "control"]
 

@@ -1,6 +1,7 @@
 """What diffusion models drew, as figures: images side by side, points in a plane."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -49,3 +50,22 @@ def _grid(images: np.ndarray, title: str | None) -> Figure:
     if title:
         axes.set_title(title)
     return figure
+
+
+def write_samples(samples: Tensor, folder: Path) -> None:
+    """A PNG file an image; anything that is no image together as samples.npy.
+
+    Args:
+        samples: decoded, on the CPU.
+        folder: made; must not exist.
+    """
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    shown = samples.detach().numpy()
+    if not (shown.ndim == 4 and shown.shape[1] in (1, 3)):
+        np.save(folder / "samples.npy", shown)
+        return
+    for number, image in enumerate((shown.clip(0, 1) * 255).round().astype(np.uint8)):
+        picture = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        Image.fromarray(picture).save(folder / f"{number:05d}.png")

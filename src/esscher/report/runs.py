@@ -55,7 +55,8 @@ class RunRecord:
 
     def pictures(self) -> list[Path]:
         """What a diffusion model drew at its first and its last evaluation, and what a method drew of
-        itself."""
+        itself.
+        """
         drawn = sorted((self.folder / "samples").glob("step_*.png"))
         return [*drawn[:1], *drawn[1:][-1:], *sorted((self.folder / "figures").glob("*.png"))]
 

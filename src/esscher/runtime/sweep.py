@@ -109,7 +109,7 @@ def comparison(
 
     Args:
         stage: the task; its data go to those methods that read any.
-        batch_size: of language methods; None: each method's own.
+        batch_size: of language and diffusion methods; None: each method's own.
 
     Raises:
         UserError: an unknown method, one named twice, methods that cannot do the same task, or data
@@ -119,22 +119,19 @@ def comparison(
     if len(set(slugs)) < len(slugs):
         raise UserError(f"a method is named twice: {' '.join(slugs)}")
     kinds = {slug: load_method(slug) for slug in slugs}
-    tasks = {(k.world, k.rows if k.world == "language" else "") for k in kinds.values()}
+    tasks = {(k.world, _read_by(k)) for k in kinds.values()}
     if len(tasks) > 1:
-        listed = ", ".join(
-            f"{slug} {k.rows if k.world == 'language' else 'environments'}"
-            for slug, k in kinds.items()
-        )
+        listed = ", ".join(f"{slug} {_read_by(k)}" for slug, k in kinds.items())
         raise UserError(
             f"these methods learn from different things, so compare them apart: {listed}"
         )
-    language = next(iter(tasks))[0] == "language"
-    if not language and data is not None and all(k.data == "none" for k in kinds.values()):
+    control = next(iter(tasks))[0] == "control"
+    if control and data is not None and all(k.data == "none" for k in kinds.values()):
         raise UserError(f"none of {' '.join(slugs)} learns from logged steps: leave out --data")
     experiments = []
     for slug in slugs:
         kind = kinds[slug]
-        config, read = kind.Config(), None if kind.data == "none" and not language else data
+        config, read = kind.Config(), None if kind.data == "none" and control else data
         changes: dict[str, Any] = {}
         names = {f.name for f in dataclasses.fields(config)}
         if hidden is not None and "hidden" in names:
@@ -163,6 +160,15 @@ def comparison(
     return experiments
 
 
+def _read_by(kind: Any) -> str:
+    """What a method learns from, in words."""
+    if kind.world == "language":
+        return kind.rows
+    if kind.world == "diffusion":
+        return "real samples" if kind.loop == "offline" else "samples of its model"
+    return "environments"
+
+
 def _refuse_other_settings(experiment: Experiment, folder: Path) -> None:
     wanted = experiment.resolved().to_json()
     found = read_experiment(folder).to_json()
@@ -177,7 +183,7 @@ def _refuse_other_settings(experiment: Experiment, folder: Path) -> None:
 def _with_setting(value: Any, path: list[str], text: str) -> Any:
     """A copy of nested dataclasses with one field set from text."""
     name, *rest = path
-    if isinstance(value, Experiment) and name in ("env", "model", "text", "data", "steps"):
+    if isinstance(value, Experiment) and name in ("env", "model", "text", "image", "data", "steps"):
         stage = _with_setting(value.stages[-1], path, text)
         return replace(value, stages=(*value.stages[:-1], stage))
     known = [f.name for f in dataclasses.fields(value)]

@@ -1,0 +1,78 @@
+"""What a set of samples is worth as a whole: how far from another set, how varied."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def energy_distance(a: Float[Tensor, "n *d"], b: Float[Tensor, "m *d"]) -> Float[Tensor, ""]:
+    """2 E|a - b| - E|a - a'| - E|b - b'|, of two sets of samples; 0 on average for equal laws.
+
+    Pairs of a sample with itself are left out, so it has no bias and may be below 0.
+
+    Source: Szekely and Rizzo 2013, eq. 5.
+    Gradient: to both.
+    Raises: ValueError if a set has fewer than 2 samples.
+    """
+    a, b = a.flatten(1), b.flatten(1)
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"each set needs at least 2 samples, got {len(a)} and {len(b)}")
+    within = [torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)) for x in (a, b)]
+    return 2 * torch.cdist(a, b).mean() - within[0] - within[1]
+
+
+def moments(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
+    """Mean and covariance (divided by n - 1) of a set, in float64.
+
+    Raises: ValueError if it has fewer than 2 samples.
+    """
+    if len(x) < 2:
+        raise ValueError(f"a covariance needs at least 2 samples, got {len(x)}")
+    x = x.double()
+    mean = x.mean(0)
+    centred = x - mean
+    return mean, centred.T @ centred / (len(x) - 1)
+
+
+def frechet_distance(
+    mean_a: Float[Tensor, "d"],
+    covariance_a: Float[Tensor, "d d"],
+    mean_b: Float[Tensor, "d"],
+    covariance_b: Float[Tensor, "d d"],
+) -> Float[Tensor, ""]:
+    """Squared Wasserstein-2 distance of two Gaussians:
+
+    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
+
+    In float64. The trace of the root is the sum of the roots of the eigenvalues of
+    S_a^(1/2) S_b S_a^(1/2), which are those of S_a S_b, and below 0 only by rounding.
+
+    Source: Dowson and Landau 1982; Heusel et al. 2017 (FID, arXiv 1706.08500), eq. 6.
+    """
+    mean_a, mean_b = mean_a.double(), mean_b.double()
+    covariance_a, covariance_b = covariance_a.double(), covariance_b.double()
+    values, vectors = torch.linalg.eigh(covariance_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    joint = torch.linalg.eigvalsh(root @ covariance_b @ root)
+    traces = covariance_a.trace() + covariance_b.trace() - 2 * joint.clamp(min=0).sqrt().sum()
+    return (mean_a - mean_b).square().sum() + traces
+
+
+def vendi_score(embedding: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """Effective number of different samples, in [1, n]: exp of the entropy of the eigenvalues of K / n,
+    where K is the cosine of each pair.
+
+    The eigenvalues are those of the d x d matrix E^T E / n as well, the smaller one is taken.
+
+    Source: Friedman and Dieng 2023 (arXiv 2210.02410), definition 3.1.
+    Raises: ValueError if an embedding is 0, which has no direction.
+    """
+    length = embedding.double().norm(dim=-1, keepdim=True)
+    if not bool((length > 0).all()):
+        raise ValueError(
+            "an embedding of length 0 has no direction: centre or change the embedding"
+        )
+    unit = embedding.double() / length
+    gram = unit.T @ unit if unit.shape[1] < unit.shape[0] else unit @ unit.T
+    share = torch.linalg.eigvalsh(gram / len(unit)).clamp(min=0)
+    return torch.special.entr(share).sum().exp()

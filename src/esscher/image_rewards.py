@@ -1,0 +1,163 @@
+"""Rewards of images that come with the library: of single images, and of whole sets.
+
+Use them like your own, with what they are made of: `--reward esscher.image_rewards:ClassProbability
+--image.reward-kwargs classifier my_module:my_classifier target 3`. See docs/rewards.md.
+
+Images are "b c h w" in [0, 1], or whatever the model draws; rows are those of the data, one an image.
+"""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from esscher.adapters.imports import needed, users_own
+from esscher.errors import UserError, require
+from esscher.functional.sets import frechet_distance, moments, vendi_score
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class ClassProbability:
+    """log p(class | image), nats, of a classifier of yours.
+
+    Args:
+        classifier: module:function that takes images and returns logits "b classes", or that is
+            called without arguments and returns such a function.
+        target: the class; -1: that of each row's column `column`.
+        column: see target.
+    """
+
+    def __init__(self, classifier: str, target: int = -1, column: str = "label"):
+        self._classify = _made(classifier, "classifier")
+        self._target, self._column = target, column
+
+    def __call__(self, images: Float[Tensor, "b *s"], rows: Rows) -> Float[Tensor, "b"]:
+        logp = self._classify(images).log_softmax(-1)
+        wanted = [row[self._column] if self._target < 0 else self._target for row in rows]
+        place = torch.tensor(wanted, device=logp.device).unsqueeze(-1)
+        return logp.gather(-1, place).squeeze(-1)
+
+
+class Compressibility:
+    """Minus the size of an image as JPEG, in kilobytes.
+
+    Args:
+        quality: of the JPEG, in [1, 95].
+        sign: 1, or -1 for images that are hard to compress.
+    """
+
+    def __init__(self, quality: int = 95, sign: int = 1):
+        require("quality", quality, 1 <= quality <= 95, "in [1, 95]")
+        require("sign", sign, sign in (1, -1), "1 or -1")
+        self._quality, self._sign = quality, sign
+
+    def __call__(self, images: Float[Tensor, "b c h w"], rows: Rows) -> Float[Tensor, "b"]:
+        pillow: Any = needed("PIL.Image", "Compressibility", "diffusion")
+        sizes = []
+        for image in (images.detach().cpu().numpy().clip(0, 1) * 255).round().astype(np.uint8):
+            buffer = io.BytesIO()
+            picture = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+            pillow.fromarray(picture).save(buffer, "JPEG", quality=self._quality)
+            sizes.append(buffer.tell() / 1000)
+        return torch.tensor(sizes, device=images.device) * -self._sign
+
+
+class EmbeddingSimilarity:
+    """Cosine of an image's embedding and of what its row asks for.
+
+    Args:
+        embed: module:function, images -> vectors "b e".
+        other: module:function, values of the column -> vectors "b e"; of an image and text model its
+            text side.
+        column: of the rows.
+    """
+
+    def __init__(self, embed: str, other: str, column: str = "prompt"):
+        self._embed, self._other = _made(embed, "embed"), _made(other, "other")
+        self._column = column
+
+    def __call__(self, images: Float[Tensor, "b *s"], rows: Rows) -> Float[Tensor, "b"]:
+        asked = self._other([row[self._column] for row in rows])
+        return torch.cosine_similarity(self._embed(images), asked.to(images.device), dim=-1)
+
+
+class Frechet:
+    """Of a set: minus the Frechet distance of its embeddings to those of exemplars.
+
+    Args:
+        exemplars: module:function that returns samples as the model shows them, or FILE.npy of them or
+            of embeddings "n e".
+        embed: module:function, images -> vectors "b e"; empty: their components.
+    """
+
+    def __init__(self, exemplars: str, embed: str = ""):
+        self._embed = _made(embed, "embed") if embed else _components
+        found = torch.as_tensor(
+            np.load(exemplars, allow_pickle=False)
+            if exemplars.endswith(".npy")
+            else users_own(exemplars, "exemplars")()
+        ).float()
+        with torch.no_grad():
+            embedded = found if found.ndim == 2 and not embed else self._embed(found)
+        if len(embedded) < 2:
+            raise UserError(f"exemplars {exemplars} must be at least 2, got {len(embedded)}")
+        self._mean, self._covariance = moments(embedded)
+
+    def embed(self, images: Float[Tensor, "b *s"], rows: Rows) -> Float[Tensor, "b e"]:
+        found = self._embed(images)
+        if found.shape[1:] != self._mean.shape:
+            raise UserError(
+                f"images are embedded in {found.shape[1]} dimensions and the exemplars in "
+                f"{len(self._mean)}: give the same embedding for both"
+            )
+        return found
+
+    def of_set(self, embedding: Float[Tensor, "n e"]) -> Float[Tensor, ""]:
+        if len(embedding) < 2:
+            raise UserError(f"a Frechet distance needs at least 2 samples, got {len(embedding)}")
+        mean, covariance = moments(embedding)
+        there = self._mean.to(mean), self._covariance.to(mean)
+        return -frechet_distance(mean, covariance, *there)
+
+
+class Vendi:
+    """Of a set: the effective number of different samples in it, by the cosine of embeddings.
+
+    Args:
+        embed: module:function, images -> vectors "b e"; empty: their components.
+    """
+
+    def __init__(self, embed: str = ""):
+        self._embed = _made(embed, "embed") if embed else _components
+
+    def embed(self, images: Float[Tensor, "b *s"], rows: Rows) -> Float[Tensor, "b e"]:
+        return self._embed(images)
+
+    def of_set(self, embedding: Float[Tensor, "n e"]) -> Float[Tensor, ""]:
+        if len(embedding) < 2:
+            raise UserError(f"a Vendi score needs at least 2 samples, got {len(embedding)}")
+        return vendi_score(embedding)
+
+
+def _components(images: Float[Tensor, "b *s"]) -> Float[Tensor, "b e"]:
+    return images.flatten(1)
+
+
+def _made(source: str, what: str) -> Callable[..., Any]:
+    """A function of tensors, or what such a function's maker returns."""
+    found = users_own(source, what)
+    if isinstance(found, torch.nn.Module):
+        return found
+    import inspect
+
+    needs = [
+        p
+        for p in inspect.signature(found).parameters.values()
+        if p.default is inspect.Parameter.empty
+    ]
+    return found if needs else found()
