@@ -7,6 +7,7 @@ Images are "b c h w" in [0, 1], or whatever the model draws; rows are those of t
 """
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -142,6 +143,32 @@ class Vendi:
         if len(embedding) < 2:
             raise UserError(f"a Vendi score needs at least 2 samples, got {len(embedding)}")
         return vendi_score(embedding)
+
+
+# ---- for the small models of esscher.images
+
+
+def nearness(samples: Float[Tensor, "b 2"], rows: Rows) -> Float[Tensor, "b"]:
+    """Minus the distance of a point of the plane to (1, 0)."""
+    return -(samples - torch.tensor([1.0, 0.0], device=samples.device)).norm(dim=-1)
+
+
+def rising_modes(samples: Float[Tensor, "b 2"], rows: Rows) -> Float[Tensor, "b"]:
+    """Log sum_i exp(0.6 i - |x - mean_i|^2 / (2 0.3^2)), of eight means on a circle of radius 4."""
+    return _bumps(samples, 0.3)
+
+
+def narrow_modes(samples: Float[Tensor, "b 2"], rows: Rows) -> Float[Tensor, "b"]:
+    """The same with 0.05 in place of 0.3; at most 4.2."""
+    return _bumps(samples, 0.05)
+
+
+def _bumps(samples: Tensor, width: float) -> Tensor:
+    number = torch.arange(8, device=samples.device)
+    angle = number * (2 * math.pi / 8)
+    means = 4 * torch.stack([angle.cos(), angle.sin()], -1)
+    distance = (samples.double().unsqueeze(1) - means).square().sum(-1)
+    return (0.6 * number - distance / (2 * width**2)).logsumexp(-1).to(samples.dtype)
 
 
 def _components(images: Float[Tensor, "b *s"]) -> Float[Tensor, "b e"]:

@@ -15,6 +15,9 @@ from esscher.experience.order import Epochs
 from esscher.samplers.denoisers import Condition
 from esscher.types import Asked, Samples
 
+MOST = 100_000
+"""Rows a batch: what is drawn of them is held in memory."""
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -47,11 +50,11 @@ class Turns:
 
     Args:
         wanted: where the rows come from.
-        batch_size: rows a batch, >= 1; more than there are repeats them.
+        batch_size: rows a batch, in [1, MOST]; more than there are repeats them.
     """
 
     def __init__(self, wanted: Wanted, batch_size: int):
-        require("batch_size", batch_size, batch_size >= 1, ">= 1")
+        require("batch_size", batch_size, 1 <= batch_size <= MOST, f"in [1, {MOST:,}]")
         self.wanted, self.batch_size = wanted, batch_size
         self._order = Epochs(len(wanted.rows), wanted.seed)
 

@@ -424,12 +424,15 @@ class Tree:
         Raises: UserError if the tree has not grown, or count < 1.
         """
         require("count", count, count >= 1, ">= 1")
+        generator = torch.Generator().manual_seed(seed)
+        return self.drawn_by(torch.rand(count, generator=generator, dtype=torch.float64))
+
+    def drawn_by(self, uniform: Float[Tensor, "n"]) -> Leaves:
+        """The leaves that walks end in, by a uniform number in [0, 1) for each; see `draw`."""
         leaves, logp = self.leaf_log_probs()
         cumulative = logp.exp().cumsum(0)
-        generator = torch.Generator().manual_seed(seed)
-        level = torch.rand(count, generator=generator, dtype=torch.float64) * cumulative[-1]
-        place = torch.searchsorted(cumulative, level, right=True).clamp(max=len(leaves) - 1)
-        return self.leaves(leaves[place])
+        place = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
+        return self.leaves(leaves[place.clamp(max=len(leaves) - 1)])
 
     def greedy(self) -> Leaves:
         """The one leaf that a walk to the child of the highest value ends in (DTS*).
