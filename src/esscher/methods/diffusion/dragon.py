@@ -1,10 +1,10 @@
 """Distributional rewards optimise diffusion models (DRAGON).
 
 A diffusion model is fine-tuned on any reward: of single samples, or of a whole set of them (their
-distance to exemplars, their variety), which gives no sample a reward of its own. The reward need not
-be differentiable, and there are no people's preferences. In each iteration the model draws two
-samples A_i, B_i of each condition, these are divided into a positive set D+ and a negative set D- of
-one size, with r(D+) > r(D-), and the model is told to denoise D+ better than D-:
+distance to exemplars, their variety), which gives no sample a reward of its own. The reward need
+not be differentiable, and there are no people's preferences. In each iteration the model draws two
+samples A_i, B_i of each condition, these are divided into a positive set D+ and a negative set D-
+of one size, with r(D+) > r(D-), and the model is told to denoise D+ better than D-:
 
     rewards of samples   D+_i = the better one of A_i, B_i, or D+ = the better half of all samples
     rewards of sets      D+ = A at first; swap A_i and B_i, i in random order, if it raises r(D+)
@@ -17,9 +17,9 @@ one size, with r(D+) > r(D-), and the model is told to denoise D+ better than D-
 
 Samples are used in their iteration alone. The reference is and stays the model before training.
 
-Compared with Diffusion-DPO: the pairs are the model's own, drawn anew in each iteration, and ordered
-by a reward. Compared with DDPO: it needs no chain of steps and their log-probabilities, so that any
-solver will do, and a reward of a set will too.
+Compared with Diffusion-DPO: the pairs are the model's own, drawn anew in each iteration, and
+ordered by a reward. Compared with DDPO: it needs no chain of steps and their log-probabilities, so
+that any solver will do, and a reward of a set will too.
 
 - If r(D+) is not above r(D-) the iteration ends without an update.
 - KTO moves a model even if its labels say nothing, for Q is never below 0 and its utility is not
@@ -37,8 +37,8 @@ solver will do, and a reward of a set will too.
 | baseline | Q | scalar | that of g |
 | beta | beta | scalar | 1 / error |
 
-Of the paper only the abstract and summaries could be had: how sets are made for rewards of sets, and
-most defaults, are choices; see the settings.
+Of the paper only the abstract and summaries could be had: how sets are made for rewards of sets,
+and most defaults, are choices; see the settings.
 """
 
 from collections.abc import Mapping, Sequence
@@ -440,9 +440,9 @@ def proof() -> Proof:
             Claim(
                 name="rewards of sets",
                 statement="From a ring of eight Gaussians, with exemplars of three of them: DPO on "
-                "the Frechet distance of sets ends below a distance of 4.5, sets drawn by lot leave "
-                "it within 10% of where it began, and a reward of single samples ends within 15% of "
-                "the reward of sets.",
+                "the Frechet distance of sets ends below a distance of 4.5, sets drawn by lot "
+                "leave it within 10% of where it began, and a reward of single samples ends within "
+                "15% of the reward of sets.",
                 arms={
                     "dpo, set": partial(_steered, CONTRAST, FRECHET),
                     "dpo, samples": partial(_steered, CONTRAST, MAHALANOBIS),
