@@ -91,22 +91,27 @@ class Frechet:
     """Of a set: minus the Frechet distance of its embeddings to those of exemplars.
 
     Args:
-        exemplars: module:function that returns samples as the model shows them, or FILE.npy of them or
-            of embeddings "n e".
+        exemplars: module:function that returns samples as the model shows them, or FILE.npy of them;
+            an array "n e" in a file is of embeddings already.
         embed: module:function, images -> vectors "b e"; empty: their components.
     """
 
     def __init__(self, exemplars: str, embed: str = ""):
         self._embed = _made(embed, "embed") if embed else _components
-        found = torch.as_tensor(
-            np.load(exemplars, allow_pickle=False)
-            if exemplars.endswith(".npy")
-            else users_own(exemplars, "exemplars")()
-        ).float()
+        from_file = exemplars.endswith(".npy")
+        try:
+            found = np.load(exemplars, allow_pickle=False) if from_file else None
+        except (OSError, ValueError) as error:
+            raise UserError(f"exemplars {exemplars} cannot be read: {error}") from error
+        if found is None:
+            found = users_own(exemplars, "exemplars")()
+        samples = torch.as_tensor(found).float()
         with torch.no_grad():
-            embedded = found if found.ndim == 2 and not embed else self._embed(found)
+            embedded = samples if from_file and samples.ndim == 2 else self._embed(samples)
         if len(embedded) < 2:
             raise UserError(f"exemplars {exemplars} must be at least 2, got {len(embedded)}")
+        if not bool(embedded.isfinite().all()):
+            raise UserError(f"exemplars {exemplars} must be finite, and some are not")
         self._mean, self._covariance = moments(embedded)
 
     def embed(self, images: Float[Tensor, "b *s"], rows: Rows) -> Float[Tensor, "b e"]:

@@ -1,0 +1,392 @@
+"""Rewards of what a diffusion model draws: what is asked of users' own, and the library's."""
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from esscher.adapters.image_rewards import TELLING, ImageReward
+from esscher.errors import UserError
+from esscher.exemplars import Mahalanobis, ring, three_of_eight
+from esscher.image_rewards import (
+    ClassProbability,
+    Compressibility,
+    EmbeddingSimilarity,
+    Frechet,
+    Vendi,
+)
+
+HERE = __name__
+ROWS: Any = [{"label": 0, "prompt": "x"}, {"label": 2, "prompt": "y"}]
+
+
+# ---- users' own, by name
+
+
+def brightness(images: Any, rows: Any) -> Any:
+    return images.flatten(1).mean(-1)
+
+
+def listed(images: Any, rows: Any) -> Any:
+    return [float(row["label"]) for row in rows]
+
+
+def in_double(images: Any, rows: Any) -> Any:
+    return images.double().flatten(1).sum(-1)
+
+
+def not_a_number(images: Any, rows: Any) -> Any:
+    return torch.tensor([1.0, math.nan])
+
+
+def infinite(images: Any, rows: Any) -> Any:
+    return torch.tensor([-math.inf, 1.0])
+
+
+def one_number(images: Any, rows: Any) -> Any:
+    return images.mean()
+
+
+def a_column(images: Any, rows: Any) -> Any:
+    return images.flatten(1).mean(-1, keepdim=True)
+
+
+def constant(images: Any, rows: Any) -> Any:
+    return torch.full((len(images),), 0.5)
+
+
+def rarely(images: Any, rows: Any) -> Any:
+    return (images.flatten(1)[:, 0] > 0.5).float()
+
+
+def raising(images: Any, rows: Any) -> Any:
+    raise RuntimeError("out of paint")
+
+
+def picky(images: Any, rows: Any) -> Any:
+    raise UserError("images must be square")
+
+
+class Offset:
+    def __init__(self, offset: float = 1.0):
+        self.offset = offset
+
+    def __call__(self, images: Any, rows: Any) -> Any:
+        return brightness(images, rows) + self.offset
+
+
+class Spread:
+    """Of a set: its standard deviation, unless told what to answer instead."""
+
+    def __init__(self, embeds: str = "", answers: str = ""):
+        self.embeds, self.answers = embeds, answers
+
+    def embed(self, images: Any, rows: Any) -> Any:
+        flat = images.flatten(1)
+        return {"": flat, "flat": flat[:, 0], "few": flat[:1], "nan": flat / 0 * 0}[self.embeds]
+
+    def of_set(self, embedding: Any) -> Any:
+        if self.answers == "two":
+            return embedding.std(0)[:2]
+        return embedding.std() / (0 if self.answers == "infinite" else 1)
+
+
+def reward_of(name: str, decode: Any = lambda x: x, **kwargs: Any) -> ImageReward:
+    return ImageReward(f"{HERE}:{name}", kwargs, decode)
+
+
+def pictures(count: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_it_is_shown_what_is_decoded_and_the_rows() -> None:
+    x = pictures()
+    found = reward_of("brightness", lambda x: 1 - x)(x, ROWS)
+    torch.testing.assert_close(found, 1 - x.flatten(1).mean(-1))
+    assert reward_of("listed")(x, ROWS).tolist() == [0.0, 2.0]
+    assert reward_of("in_double")(x, ROWS).dtype == torch.float32
+
+
+def test_a_class_is_made_first_with_what_it_is_given() -> None:
+    x = pictures()
+    for kwargs, offset in (({}, 1.0), ({"offset": 3.0}, 3.0)):
+        found = reward_of("Offset", **kwargs)(x, ROWS)
+        torch.testing.assert_close(found, x.flatten(1).mean(-1) + offset)
+    with pytest.raises(UserError, match="cannot be made: .*shift"):
+        reward_of("Offset", shift=1.0)
+
+
+def test_what_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match="reward .*nothing.* cannot be imported"):
+        reward_of("nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("not_a_number", "returned nan for an image"),
+        ("infinite", "returned -inf for an image"),
+        ("one_number", r"must return 2 numbers, one an image, got shape \(\)"),
+        ("a_column", r"must return 2 numbers, one an image, got shape \(2, 1\)"),
+        ("raising", "failed: RuntimeError.*out of paint"),
+        ("picky", "^images must be square$"),
+    ],
+)
+def test_bad_answers_are_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        reward_of(name)(pictures(), ROWS)
+
+
+def test_a_constant_reward_is_refused_after_a_thousand_images() -> None:
+    reward, rows = reward_of("constant"), [{}] * 100
+    for _ in range(TELLING // 100 - 1):
+        reward(pictures(100), rows)
+    with pytest.raises(UserError, match="was 0.5 for all of the first 1000 images"):
+        reward(pictures(100), rows)
+
+
+def test_a_reward_that_changed_once_is_not_constant() -> None:
+    reward, rows = reward_of("rarely"), [{}] * 500
+    dark = torch.zeros(500, 1, 4, 4)
+    reward(torch.cat([dark[:499], dark[:1] + 1]), rows)
+    for _ in range(3):
+        reward(dark, rows)
+
+
+def test_one_of_samples_is_not_asked_about_sets_nor_the_other_way_round() -> None:
+    of_samples, of_sets = reward_of("brightness"), reward_of("Spread")
+    assert of_sets.of_sets and not of_samples.of_sets
+    with pytest.raises(UserError, match="judges samples one by one"):
+        of_samples.embed(pictures(), ROWS)
+    with pytest.raises(UserError, match="judges sets of samples.*use dragon"):
+        of_sets(pictures(), ROWS)
+
+
+def test_a_set_is_embedded_and_judged() -> None:
+    x = pictures()
+    reward = reward_of("Spread", lambda x: 2 * x)
+    embedding = reward.embed(x, ROWS)
+    torch.testing.assert_close(embedding, 2 * x.flatten(1))
+    assert reward.of_set(embedding) == pytest.approx(float((2 * x).std()))
+    assert isinstance(reward.of_set(embedding), float)
+
+
+@pytest.mark.parametrize(
+    ("embeds", "message"),
+    [
+        ("flat", r"must embed 2 images as as many vectors, got shape \(2,\)"),
+        ("few", r"must embed 2 images as as many vectors, got shape \(1, 16\)"),
+        ("nan", "returned nan for an image"),
+    ],
+)
+def test_bad_embeddings_are_refused(embeds: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        reward_of("Spread", embeds=embeds).embed(pictures(), ROWS)
+
+
+def test_bad_answers_for_a_set_are_refused() -> None:
+    for answers in ("infinite", "two"):
+        with pytest.raises(UserError, match="must return a finite number for a set, got"):
+            reward_of("Spread", answers=answers).of_set(torch.rand(3, 4))
+
+
+# ---- of single images
+
+
+def classifier(images: Any) -> Any:
+    """Logits 0, 1 and 2, times an image's mean."""
+    return images.flatten(1).mean(-1, keepdim=True) * torch.tensor([0.0, 1.0, 2.0])
+
+
+def made_classifier() -> Any:
+    return classifier
+
+
+def as_module() -> Any:
+    return LINEAR
+
+
+LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+
+def logp(mean: float, target: int) -> float:
+    return mean * target - math.log(1 + math.exp(mean) + math.exp(2 * mean))
+
+
+@pytest.mark.parametrize("name", ["classifier", "made_classifier"])
+def test_probability_of_a_class(name: str) -> None:
+    x = pictures()
+    means = x.flatten(1).mean(-1).tolist()
+    found = ClassProbability(f"{HERE}:{name}", target=1)(x, ROWS)
+    assert found.tolist() == pytest.approx([logp(mean, 1) for mean in means], rel=1e-5)
+    found = ClassProbability(f"{HERE}:{name}")(x, ROWS)
+    assert found.tolist() == pytest.approx([logp(means[0], 0), logp(means[1], 2)], rel=1e-5)
+    rows: Any = [{"wanted": 2}, {"wanted": 2}]
+    found = ClassProbability(f"{HERE}:{name}", column="wanted")(x, rows)
+    assert found.tolist() == pytest.approx([logp(mean, 2) for mean in means], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["as_module", "LINEAR"])
+def test_a_classifier_may_be_a_module_and_gives_gradients(name: str) -> None:
+    x = pictures().requires_grad_()
+    ClassProbability(f"{HERE}:{name}", target=0)(x, ROWS).sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_size_as_jpeg(channels: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.rand(1, channels, 16, 16, generator=draw)
+    x = torch.cat([noise, torch.full_like(noise, 0.5), 2 * noise])
+    found = Compressibility()(x, ROWS)
+    array = (noise[0].numpy() * 255).round().astype(np.uint8)
+    buffer = io.BytesIO()
+    picture = array[0] if channels == 1 else np.moveaxis(array, 0, 2)
+    Image.fromarray(picture).save(buffer, "JPEG", quality=95)
+    assert found[0].item() == pytest.approx(-len(buffer.getvalue()) / 1000)
+    assert found[1] > found[0]  # A plain image is small.
+    torch.testing.assert_close(Compressibility(sign=-1)(x, ROWS), -found)
+    assert Compressibility(quality=10)(x, ROWS)[0] > found[0]
+
+
+@pytest.mark.parametrize("options", [{"quality": 0}, {"quality": 96}, {"sign": 0}])
+def test_bad_settings_of_size_are_refused(options: Any) -> None:
+    with pytest.raises(UserError, match=next(iter(options))):
+        Compressibility(**options)
+
+
+def corners(images: Any) -> Any:
+    return images.flatten(1)[:, :2]
+
+
+def doubled_corners(images: Any) -> Any:
+    return 2 * corners(images)
+
+
+def letters(values: Any) -> Any:
+    return torch.tensor([{"x": [2.0, 0.0], "y": [0.0, -1.0]}[value] for value in values])
+
+
+def test_cosine_with_what_the_row_asks_for() -> None:
+    x = torch.zeros(2, 1, 2, 2)
+    x[0, 0, 0], x[1, 0, 0] = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
+    reward = EmbeddingSimilarity(f"{HERE}:corners", f"{HERE}:letters")
+    assert reward(x, ROWS).tolist() == pytest.approx([0.6, -1.0])
+    renamed: Any = [{"text": "y"}, {"text": "y"}]
+    reward = EmbeddingSimilarity(f"{HERE}:corners", f"{HERE}:letters", column="text")
+    assert reward(x, renamed).tolist() == pytest.approx([-0.8, -1.0])
+
+
+# ---- of sets
+
+
+def exemplars() -> Any:
+    """Mean (1, 2), variances 2 and 8 (divided by n - 1): +- sqrt(3) and +- sqrt(12)."""
+    one, two = math.sqrt(3.0), math.sqrt(12.0)
+    return torch.tensor([[1 + one, 2.0], [1 - one, 2.0], [1.0, 2 + two], [1.0, 2 - two]])
+
+
+def one_exemplar() -> Any:
+    return torch.zeros(1, 2)
+
+
+def shown() -> Any:
+    return pictures(6, seed=3)
+
+
+def test_frechet_distance_to_exemplars_by_hand() -> None:
+    reward = Frechet(f"{HERE}:exemplars")
+    # Mean (0, 2), variances 2 / 3 on the first axis alone:
+    x = torch.tensor([[1.0, 2.0], [-1.0, 2.0], [0.0, 2.0], [0.0, 2.0]])
+    embedding = reward.embed(x, ROWS)
+    expected = 1 + (math.sqrt(2.0) - math.sqrt(2 / 3)) ** 2 + 8
+    assert reward.of_set(embedding).item() == pytest.approx(-expected, rel=1e-5)
+    assert reward.of_set(exemplars()).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_exemplars_are_embedded_as_images_are() -> None:
+    reward = Frechet(f"{HERE}:shown", embed=f"{HERE}:corners")
+    embedding = reward.embed(shown(), [{}] * 6)
+    assert embedding.shape == (6, 2)
+    assert reward.of_set(embedding).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_exemplars_from_a_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "embeddings.npy", exemplars().numpy())
+    np.save(tmp_path / "images.npy", shown().numpy())
+    reward = Frechet(str(tmp_path / "embeddings.npy"))
+    assert reward.of_set(exemplars()).item() == pytest.approx(0, abs=1e-5)
+    # Embeddings are taken as they are, whatever would embed images; these are embedded.
+    reward = Frechet(str(tmp_path / "embeddings.npy"), embed=f"{HERE}:doubled_corners")
+    assert reward.of_set(exemplars()).item() == pytest.approx(0, abs=1e-5)
+    reward = Frechet(str(tmp_path / "images.npy"), embed=f"{HERE}:doubled_corners")
+    assert reward.of_set(2 * corners(shown())).item() == pytest.approx(0, abs=1e-5)
+    # So are samples in the plane, which are vectors too, from a function.
+    reward = Frechet(f"{HERE}:exemplars", embed=f"{HERE}:doubled_corners")
+    assert reward.of_set(2 * exemplars()).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_sets_that_are_too_small_are_refused() -> None:
+    with pytest.raises(UserError, match="needs at least 2 samples, got 1"):
+        Frechet(f"{HERE}:exemplars").of_set(torch.zeros(1, 2))
+    with pytest.raises(UserError, match="needs at least 2 samples, got 1"):
+        Vendi().of_set(torch.ones(1, 2))
+    with pytest.raises(UserError, match="must be at least 2, got 1"):
+        Frechet(f"{HERE}:one_exemplar")
+
+
+def test_exemplars_that_cannot_be_read_or_are_not_finite_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"exemplars .*none\.npy cannot be read: .*No such file"):
+        Frechet(str(tmp_path / "none.npy"))
+    np.save(tmp_path / "broken.npy", np.array([[1.0, 2.0], [3.0, np.nan]]))
+    with pytest.raises(UserError, match=r"exemplars .*broken\.npy must be finite"):
+        Frechet(str(tmp_path / "broken.npy"))
+
+
+def test_images_of_another_size_than_the_exemplars_are_refused() -> None:
+    with pytest.raises(UserError, match="embedded in 16 dimensions and the exemplars in 2"):
+        Frechet(f"{HERE}:exemplars").embed(pictures(), ROWS)
+
+
+def test_variety_of_a_set() -> None:
+    reward = Vendi()
+    different = torch.eye(4).view(4, 1, 2, 2)
+    embedding = reward.embed(different, [{}] * 4)
+    assert reward.of_set(embedding).item() == pytest.approx(4)
+    assert reward.of_set(embedding[[0, 0, 1, 1]]).item() == pytest.approx(2)
+    assert Vendi(f"{HERE}:corners").embed(pictures(), ROWS).shape == (2, 2)
+    with pytest.raises(UserError, match="no direction"):
+        ImageReward("esscher.image_rewards:Vendi", {}, lambda x: x).of_set(torch.zeros(3, 2))
+
+
+def test_rewards_of_sets_are_known_as_such() -> None:
+    frechet = {"exemplars": f"{HERE}:exemplars"}
+    for name, kwargs in {"Frechet": frechet, "Vendi": {}}.items():
+        assert ImageReward(f"esscher.image_rewards:{name}", kwargs, lambda x: x).of_sets
+    sized = ImageReward("esscher.image_rewards:Compressibility", {"quality": 50}, lambda x: x)
+    assert not sized.of_sets and sized(pictures(), ROWS).shape == (2,)
+
+
+# ---- exemplars in the plane
+
+
+def test_three_of_eight_gaussians() -> None:
+    x = three_of_eight()
+    assert x.shape == (3_000, 2) and torch.equal(x, three_of_eight())
+    root = 3 / math.sqrt(2)
+    nearest = torch.cdist(x, torch.tensor([[3.0, 0.0], [root, root], [0.0, 3.0]])).argmin(-1)
+    assert nearest.bincount().tolist() == pytest.approx([1_000] * 3, abs=10)
+    assert ring().means.shape == (8, 2)
+    torch.testing.assert_close(x.mean(0), ring(range(3)).means.mean(0), rtol=0, atol=0.05)
+
+
+def test_distance_of_a_sample_in_the_exemplars_covariance() -> None:
+    reward = Mahalanobis(f"{HERE}:exemplars")
+    x = torch.tensor([[1.0, 2.0], [3.0, 2.0], [1.0, 6.0], [3.0, 6.0]])
+    assert reward(x, [{}] * 4).tolist() == pytest.approx([0, -2, -2, -4], abs=1e-5)
