@@ -174,7 +174,8 @@ def learner(slug: str, spec: Spec | None = None, seed: int = 0, **options: Any) 
 
 def policy_leaves(method: Any) -> list[str]:
     """Names, in the method's state, of what its policy is made of; of a method that leaves its model as
-    it is, of all that it finds out."""
+    it is, of all that it finds out.
+    """
     if not method.trains:
         return [n for n, v in method.state_dict().items() if torch.is_tensor(v)]
     own = {p.data_ptr() for p in method.policy.parameters()}
