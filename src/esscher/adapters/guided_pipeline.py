@@ -45,8 +45,8 @@ def adaptive_guidance(
     """While it lasts, samples leave guidance once both answers point the same way.
 
     Args:
-        pipeline: with a `unet` or `transformer` and a scheduler; it guides by asking about both halves of
-            a batch in one call.
+        pipeline: with a `unet` or `transformer` and a scheduler, whose guidance asks about both halves
+            of a batch in one call.
         threshold: cosine of both answers, as noise, at which a sample leaves, in (-1, 1].
         min_guided_steps: steps before which none leaves; None: a quarter of all, rounded up.
 
