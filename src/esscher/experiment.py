@@ -120,12 +120,12 @@ class ImageConfig:
     image; or one of esscher.image_rewards. See docs/rewards.md."""
     reward_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Of a reward that is made first: --image.reward-kwargs target 3."""
-    batch_size: int = 64
+    at_once: int = 64
     """Samples drawn at once where the model is judged, >= 1."""
 
     def __post_init__(self) -> None:
         require("image.labels", self.labels, all(n >= 0 for n in self.labels), ">= 0 each")
-        require("image.batch_size", self.batch_size, self.batch_size >= 1, ">= 1")
+        require("image.at_once", self.at_once, self.at_once >= 1, ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)

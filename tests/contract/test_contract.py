@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -273,10 +274,13 @@ def test_deployed_it_draws_as_when_it_was_saved(slug: str, tmp_path: Path) -> No
     torch.testing.assert_close(drawn[:2], one.policy.draw(2, seed=3))
     saved = tmp_path / "run" / "model"
     assert saved.exists() is load_method(slug).trains
-    if saved.exists():
+    if (saved / "model_index.json").exists():
         again = load_diffusion(ModelConfig(source=str(saved)), torch.device("cpu"))
         same = zip(one.policy.model.parameters(), again.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in same)
+    elif saved.exists():
+        state = load_tensors((saved / "model.safetensors").read_bytes())
+        assert differences(state, one.policy.model.state_dict()) == []
 
 
 @pytest.mark.parametrize("slug", CONTROL)

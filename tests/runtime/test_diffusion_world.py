@@ -70,7 +70,7 @@ def world_of(reward: str | None = None, episodes: int = 6) -> DiffusionWorld:
     experiment = esscher.Experiment.of(
         "adaptive_guidance",
         model=ModelConfig(source=f"{__name__}:gaussian"),
-        image=ImageConfig(reward=reward, batch_size=4),
+        image=ImageConfig(reward=reward, at_once=4),
         steps=1,
         evaluation=EvaluationConfig(episodes=episodes),
         runtime=RUNTIME,

@@ -86,7 +86,7 @@ class DiffusionWorld:
     @torch.no_grad()
     def evaluate(self, method: Any, step: int) -> Evaluation:
         """Draw as many samples as there are evaluation episodes, from noise that never changes."""
-        count, size = self.experiment.evaluation.episodes, self.stage.image.batch_size
+        count, size = self.experiment.evaluation.episodes, self.stage.image.at_once
         rows = [number % len(self.wanted.rows) for number in range(count)]
         seeds = [mix(self.experiment.seed, 0, Phase.EVALUATE, number) for number in range(count)]
         drawn: list[Drawn] = []
@@ -134,7 +134,7 @@ class DiffusionWorld:
         """
         levels = model.levels(DISTANCE_STEPS)
         levels = levels[levels > 0]
-        total, size = 0.0, self.stage.image.batch_size
+        total, size = 0.0, self.stage.image.at_once
         for start in range(0, len(x), size):
             rows = torch.arange(len(x), device=x.device)[start : start + size]
             condition = rows_of(asked.condition, rows)
@@ -205,7 +205,7 @@ class DiffusionWorld:
             shape = model.decode(like).shape[1:]
             found = read_samples(stage.data, shape, columns=config.columns, split=config.split)
             shown, rows = found
-            parts = shown.to(self.runtime.device).split(config.batch_size)
+            parts = shown.to(self.runtime.device).split(config.at_once)
             x = torch.cat([model.invert(part) for part in parts])
         return RealSamples(x=x, wanted=self._checked(Path(stage.data).name, rows))
 

@@ -90,7 +90,7 @@ class Config:
     """Of the fixed policies, >= 0."""
     scale: float = 7.5
     """Of guidance, not 1 (from memory of the paper, for Stable Diffusion)."""
-    steps: int = 20
+    draw_steps: int = 20
     """Of drawing, >= 1."""
     solver: Solver = "ddim"
     """One that asks once a step: ddim, euler or dpmpp_2m."""
@@ -105,13 +105,13 @@ class Config:
     compare: bool = True
     """Whether each iteration draws its samples with full guidance too, to report the error."""
     reference_steps: int = 0
-    """Of that full guidance, >= 0; 0: `steps`."""
+    """Of that full guidance, >= 0; 0: `draw_steps`."""
 
     def __post_init__(self) -> None:
         require("threshold", self.threshold, -1 < self.threshold <= 1, "in (-1, 1]")
-        for name in ("steps", "linear_paths", "batch_size"):
+        for name in ("draw_steps", "linear_paths", "batch_size"):
             require(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
-        least, most = self.min_guided_steps, self.steps
+        least, most = self.min_guided_steps, self.draw_steps
         inside = least is None or 0 <= least <= most
         require("min_guided_steps", least, inside, f"None or in [0, {most}]")
         if self.policy in ("cut_off", "interleaved"):
@@ -142,8 +142,8 @@ class AdaptiveGuidance(Method):
         super().__init__(cfg, spec, runtime)
         self._model = spec.model
         self._model.guided(cfg.scale)  # Refuses a model without a null condition.
-        self._levels = self._model.levels(cfg.steps)
-        self._reference_levels = self._model.levels(cfg.reference_steps or cfg.steps)
+        self._levels = self._model.levels(cfg.draw_steps)
+        self._reference_levels = self._model.levels(cfg.reference_steps or cfg.draw_steps)
         steps = len(self._levels) - 1
         self._policy: Policy = {
             "adaptive": lambda: full(steps),
@@ -293,7 +293,7 @@ def smoke() -> Experiment:
     """Four batches from a mixture of Gaussians, with LinearAG."""
     return replace(
         Experiment.of(
-            Config(policy="linear", steps=6, scale=3.0, batch_size=4, linear_paths=32),
+            Config(policy="linear", draw_steps=6, scale=3.0, batch_size=4, linear_paths=32),
             model=ModelConfig(source="esscher.images:mixture", kwargs={"classes": True}),
             image=ImageConfig(labels=(0, 1, 2)),
             steps=4,
@@ -334,7 +334,7 @@ def proof() -> Proof:
                     "0.995": lambda seed: _from_mixture(threshold=0.995, min_guided_steps=0),
                     "0.98": lambda seed: _from_mixture(threshold=0.98, min_guided_steps=0),
                     "fewer steps": lambda seed: _from_mixture(
-                        policy="full", steps=15, reference_steps=20
+                        policy="full", draw_steps=15, reference_steps=20
                     ),
                 },
                 measure=_errors,
@@ -361,7 +361,7 @@ def proof() -> Proof:
                 arms={
                     "adaptive": lambda seed: _digits(threshold=0.99),
                     "fewer steps": lambda seed: _digits(
-                        policy="full", steps=15, reference_steps=20
+                        policy="full", draw_steps=15, reference_steps=20
                     ),
                 },
                 measure=_errors,

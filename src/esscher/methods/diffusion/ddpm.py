@@ -68,7 +68,7 @@ class Config:
     drop_condition: float = 0.1
     """Share of samples whose condition is left out, in [0, 1]; without effect where a model has no
     null condition."""
-    steps: int = 50
+    draw_steps: int = 50
     """Of drawing, >= 1."""
     scale: float = 1.0
     """Of guidance in drawing; 1: none."""
@@ -79,7 +79,7 @@ class Config:
             require(name, getattr(self, name), getattr(self, name) > 0, "> 0")
         for name in ("warmup_updates", "weight_decay", "micro_batch_size"):
             require(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
-        for name in ("batch_size", "steps"):
+        for name in ("batch_size", "draw_steps"):
             require(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
         require("average", self.average, 0 <= self.average < 1, "in [0, 1)")
         require("drop_condition", self.drop_condition, 0 <= self.drop_condition <= 1, "in [0, 1]")
@@ -148,7 +148,7 @@ class DDPM(Method):
 
     def draw(self, asked: Asked, seeds: Sequence[int]) -> Drawn:
         cfg = self.cfg
-        options = {"steps": cfg.steps, "scale": cfg.scale, "solver": cfg.solver}
+        options = {"steps": cfg.draw_steps, "scale": cfg.scale, "solver": cfg.solver}
         return Drawn(x=self.average.draw(asked.condition, seeds, **options), told={})
 
     def _some_left_out(self, condition: Condition, count: int) -> Condition:
@@ -170,7 +170,7 @@ def smoke() -> Experiment:
     """Ten updates of a tiny U-Net."""
     return replace(
         Experiment.of(
-            Config(batch_size=8, steps=4),
+            Config(batch_size=8, draw_steps=4),
             model=ModelConfig(
                 source="esscher.images:tiny_unet",
                 kwargs={"size": 8, "channels": 1, "width": 8, "classes": 10},

@@ -88,7 +88,7 @@ class Config:
     """alpha in (0, 1]. The first 36 iterations are all fresh paths from the root."""
     exploration: float = 1.0
     """c of uct, >= 0, in units of reward (not stated in the paper)."""
-    steps: int = 50
+    draw_steps: int = 50
     """Of drawing, >= 2."""
     branches: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)
     """Where a tree branches, as shares of the steps; from 0, rising, below 1. Monte Carlo resamples
@@ -122,7 +122,7 @@ class Config:
             "in (0, 1]",
         )
         require("exploration", self.exploration, 0 <= self.exploration < math.inf, ">= 0")
-        require("steps", self.steps, self.steps >= 2, ">= 2")
+        require("draw_steps", self.draw_steps, self.draw_steps >= 2, ">= 2")
         require("eta", self.eta, 0 < self.eta <= 1, "in (0, 1]: without noise children are alike")
         for name in ("batch_size", "evaluations", "paths_at_once"):
             require(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
@@ -145,7 +145,7 @@ class DiffusionTreeSampling(Method):
         super().__init__(cfg, spec, runtime)
         self._model = spec.model
         self._denoiser = self._model.guided(cfg.scale)
-        self._levels = self._model.levels(cfg.steps)
+        self._levels = self._model.levels(cfg.draw_steps)
         steps = len(self._levels) - 1
         self._branches = sorted({round(share * steps) for share in cfg.branches})
         self._process(None)  # Refuses branches that are too late.
@@ -349,7 +349,7 @@ def smoke() -> Experiment:
     """Four iterations over two classes of a mixture of Gaussians."""
     return replace(
         Experiment.of(
-            Config(steps=10, evaluations=60, batch_size=2),
+            Config(draw_steps=10, evaluations=60, batch_size=2),
             model=ModelConfig(source="esscher.images:mixture", kwargs={"classes": True}),
             image=ImageConfig(labels=(0, 1, 2), reward="esscher.image_rewards:nearness"),
             steps=4,
@@ -446,7 +446,7 @@ def _circle(config: Config, reward: str) -> Experiment:
             model=ModelConfig(
                 source="esscher.images:exact_mixture", kwargs={"radius": 4.0, "std": 0.3}
             ),
-            image=ImageConfig(reward=reward, batch_size=3_000),
+            image=ImageConfig(reward=reward, at_once=3_000),
             steps=1,
         ),
         evaluation=EvaluationConfig(every=0, episodes=3_000),
@@ -457,12 +457,12 @@ def _circle(config: Config, reward: str) -> Experiment:
 
 
 def _tilted(sampler: Any, evaluations: int) -> Experiment:
-    config = Config(sampler=sampler, steps=100, evaluations=evaluations)
+    config = Config(sampler=sampler, draw_steps=100, evaluations=evaluations)
     return _circle(config, "esscher.image_rewards:rising_modes")
 
 
 def _sought(sampler: Any, evaluations: int) -> Experiment:
-    config = Config(sampler=sampler, selection="uct", steps=100, evaluations=evaluations)
+    config = Config(sampler=sampler, selection="uct", draw_steps=100, evaluations=evaluations)
     return _circle(config, "esscher.image_rewards:narrow_modes")
 
 

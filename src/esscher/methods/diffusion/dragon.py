@@ -420,7 +420,7 @@ def _in_the_plane(
             source="esscher.images:mixture",
             kwargs={"radius": 3.0, "std": 0.4, "width": width, "components": components},
         ),
-        image=ImageConfig(**reward, batch_size=512),
+        image=ImageConfig(**reward, at_once=512),
         steps=steps,
         evaluation=EvaluationConfig(every=20, episodes=512),
         checkpoint=CheckpointConfig(every=0),

@@ -1,0 +1,129 @@
+"""The command for diffusion models: short options, what is printed, drawing and handing over."""
+
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+from command_line import command
+from PIL import Image
+
+FEW = ["--evaluation.episodes", "4", "--runtime.threads", "1", "--log.to"]
+UNET = ["--model", "esscher.images:tiny_unet"]
+SMALL = ["--model.kwargs", "size", "8", "width", "8", "channels", "1", "classes", "10"]
+
+
+def esscher(*arguments: str) -> SimpleNamespace:
+    """The command in this process, with what it printed."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        status = command(*arguments)
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "digits"
+    data = ["--data", "esscher.datasets:digits", "--steps", "3", "--batch-size", "4"]
+    arguments = [*UNET, *SMALL, *data, *FEW, "--draw-steps", "3", "--lora-rank", "2"]
+    done = esscher("run", "ddpm", *arguments, "--directory", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert "ddpm: negative energy distance" in done.stdout
+    assert f"model: {folder / 'model'}" in done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "tree"
+    arguments = ["--model", "esscher.images:mixture", "--reward", "esscher.image_rewards:nearness"]
+    options = ["--draw-steps", "10", "--evaluations", "100", "--steps", "2", *FEW]
+    done = esscher(
+        "run", "diffusion_tree_sampling", *arguments, *options, "--directory", str(folder)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "diffusion_tree_sampling: reward " in done.stdout and "model:" not in done.stdout
+    return folder
+
+
+def test_short_options_are_those_of_the_only_group_that_has_them(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    assert config["method"]["draw_steps"] == 3 and config["method"]["batch_size"] == 4
+    model = config["stages"][-1]["model"]
+    assert model["source"] == "esscher.images:tiny_unet" and model["lora_rank"] == 2
+
+
+def test_what_was_saved_opens_in_diffusers(run: Path) -> None:
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(run / "model")
+    assert type(pipeline).__name__ == "DDPMPipeline"
+    assert pipeline.unet.config.num_class_embeds == 11
+
+
+def test_it_draws_and_repeats_itself(run: Path, tmp_path: Path) -> None:
+    line = ["sample", str(run), "--label", "3", "4", "--count", "2"]
+    for name in ("one", "two"):
+        done = esscher(*line, "--out", str(tmp_path / name))
+        assert done.returncode == 0 and "(4 samples)" in done.stdout
+    assert esscher(*line, "--out", str(tmp_path / "three"), "--seed", "5").returncode == 0
+    one, two, three = (
+        [np.asarray(Image.open(path)) for path in sorted((tmp_path / name).iterdir())]
+        for name in ("one", "two", "three")
+    )
+    assert len(one) == 4 and one[0].shape == (8, 8)
+    assert all((a == b).all() for a, b in zip(one, two, strict=True))
+    assert not all((a == b).all() for a, b in zip(one, three, strict=True))
+    taken = esscher(*line, "--out", str(tmp_path / "one"))
+    assert taken.returncode == 2 and "exists" in taken.stderr
+
+
+def test_points_are_kept_as_an_array(searched: Path, tmp_path: Path) -> None:
+    done = esscher("sample", str(searched), "--count", "5", "--out", str(tmp_path / "drawn"))
+    assert done.returncode == 0 and np.load(tmp_path / "drawn" / "samples.npy").shape == (5, 2)
+    both = esscher("sample", str(searched), "--label", "1", "--prompt", "a")
+    assert both.returncode == 2 and "exclude each other" in both.stderr
+
+
+def test_it_is_judged_again(run: Path, searched: Path) -> None:
+    done = esscher("eval", str(searched), "--episodes", "8", "--json")
+    told = json.loads(done.stdout)
+    assert told["measure"] == "reward" and len(told["returns"]) == 8
+    done = esscher("eval", str(run), "--episodes", "8")
+    assert "ddpm on digits" in done.stdout or "negative energy distance" in done.stdout
+
+
+def test_it_is_handed_over(run: Path, tmp_path: Path) -> None:
+    done = esscher("export", str(run), "--to", "diffusers", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0 and "DiffusionPipeline.from_pretrained" in done.stdout
+    assert diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out") is not None
+    wrong = esscher("export", str(run), "--to", "onnx")
+    assert wrong.returncode == 2 and "--to diffusers" in wrong.stderr
+
+
+def test_methods_are_compared_on_one_model(tmp_path: Path) -> None:
+    arguments = ["--model", "esscher.images:mixture", "--steps", "2", "--seeds", "1"]
+    reward = ["--reward", "esscher.image_rewards:nearness", "--batch-size", "2"]
+    done = esscher(
+        "compare",
+        "dragon",
+        "diffusion_tree_sampling",
+        *arguments,
+        *reward,
+        *FEW,
+        "--workers",
+        "1",
+        "--directory",
+        str(tmp_path / "all"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "all" / "report.html").exists()
+    mixed = esscher("compare", "ddpm", "dragon", *arguments)
+    assert mixed.returncode == 2 and "learn from different things" in mixed.stderr
+
+
+def test_the_card_says_how_to_use_it() -> None:
+    shown = esscher("show", "dragon").stdout
+    assert "--reward module:function" in shown.replace("\n", " ")
+    assert "FOLDER_OF_IMAGES" in esscher("show", "ddpm").stdout
