@@ -120,6 +120,11 @@ class ImageConfig:
     image; or one of esscher.image_rewards. See docs/rewards.md."""
     reward_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Of a reward that is made first: --image.reward-kwargs target 3."""
+    judge: str | None = None
+    """Another reward, which is only reported: whether what was gained is more than the reward's own
+    mistakes."""
+    judge_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Of a judge that is made first."""
     at_once: int = 64
     """Samples drawn at once where the model is judged, >= 1."""
 

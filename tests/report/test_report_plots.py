@@ -83,3 +83,18 @@ def test_labels_keep_their_order_and_distance(count):
 def test_numbers_on_axes():
     shown = [plots.compact(value) for value in (0, 0.02, 999, 1500, 2.5e6, -3e9)]
     assert shown == ["0", "0.02", "999", "1.5k", "2.5M", "\N{MINUS SIGN}3G"]
+
+
+def test_reward_is_drawn_against_distance_where_runs_say_it(tmp_path):
+    from support import smoke, train
+
+    train(smoke("dragon"), tmp_path / "run")
+    record = read_run(tmp_path / "run")
+    far, reached = record.distances()
+    assert (
+        len(far) == 3 and far[0] == 0 and far[-1] > 0 and reached.tolist() == list(record.returns)
+    )
+    figure = plots.reward_against_distance([record], plots.method_styles([record.name]))
+    assert figure is not None
+    (line,) = figure.axes[0].lines[:1]
+    assert line.get_xdata().tolist() == far.tolist()

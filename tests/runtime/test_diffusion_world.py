@@ -211,3 +211,17 @@ def test_training_really_lowers_the_loss_of_real_digits(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["measure"] == "negative energy distance"
     assert math.isfinite(result["return_mean"])
+
+
+def test_a_judge_has_its_own_say_and_nothing_learns_from_it() -> None:
+    experiment = esscher.Experiment.of(
+        "adaptive_guidance",
+        model=ModelConfig(source=f"{__name__}:gaussian"),
+        image=ImageConfig(reward=f"{__name__}:first_component", judge=f"{__name__}:SecondMoment"),
+        steps=1,
+        evaluation=EvaluationConfig(episodes=3),
+        runtime=RUNTIME,
+    )
+    world = DiffusionWorld(experiment, Runtime(RUNTIME))
+    found = world.evaluate(Fixed(world.spec.model, 0.0), 0)
+    assert found.extras["judge_mean"] == pytest.approx(sum(v**2 + 1 for v in found.returns) / 3)

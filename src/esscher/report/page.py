@@ -72,7 +72,7 @@ def write_report(
         colours={name: style.colour for name, style in styles.items()},
         figures={
             "ranking": _ranking_figures(every, styles),
-            "curves": _curve_figures(rankings, styles),
+            "curves": _curve_figures(rankings, styles) + _distance_figures(rankings, styles),
             "pictures": _pictures(runs),
             "diagnostics": _diagnostic_figures(rankings, styles),
         },
@@ -175,6 +175,29 @@ def _curve_figures(rankings: Sequence[Ranking], styles: dict) -> list[dict[str, 
             "single runs; thin and dashed, runs that are not scored.",
         )
         for index, ranking in enumerate(rankings)
+    ]
+
+
+def _distance_figures(rankings: Sequence[Ranking], styles: dict) -> list[dict[str, str]]:
+    from . import plots
+
+    drawings = [
+        plots.reward_against_distance(
+            [run for entry in ranking.entries for run in entry.runs], styles
+        )
+        for ranking in rankings
+    ]
+    return [
+        _figure(
+            f"distance-{index}",
+            drawing,
+            f"What was reached on {ranking.name}, against the distance from the model of before",
+            "Each evaluation of each run: its mean against its KL to the model of before.",
+            f"{ranking.name}: each evaluation, a line a run; further up is better, further right is "
+            "further from the model that training began with.",
+        )
+        for index, (ranking, drawing) in enumerate(zip(rankings, drawings, strict=True))
+        if drawing is not None
     ]
 
 

@@ -173,6 +173,33 @@ def diagnostics(runs: Sequence[RunRecord], styles: dict[str, MethodStyle]) -> Fi
     return figure
 
 
+def reward_against_distance(
+    runs: Sequence[RunRecord], styles: dict[str, MethodStyle]
+) -> Figure | None:
+    """What each evaluation reached against its distance from the model of before, a line a run.
+
+    None if no run was evaluated twice at such a distance.
+    """
+    found = [(run, *run.distances()) for run in runs]
+    found = [(run, far, reached) for run, far, reached in found if len(far) > 1]
+    if not found:
+        return None
+    with matplotlib.rc_context(DRAWING):
+        figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        ends: dict[str, tuple[str, float, float]] = {}
+        for run, far, reached in found:
+            style = styles[run.name]
+            axes.plot(far, reached, color=style.colour, linestyle=style.dashes, linewidth=1.2,
+                      marker=style.marker, markersize=4, alpha=0.8)  # fmt: skip
+            ends.setdefault(run.name, (run.name, float(far[-1]), float(reached[-1])))
+        axes.set(xlabel="KL to the model of before, nats", title=found[0][0].measure)
+        format_axis(axes.xaxis, 6)
+        format_axis(axes.yaxis, 5)
+        _label_ends(axes, list(ends.values()), styles, 2.7)
+    return figure
+
+
 def inline_svg(figure: Figure, identifier: str, title: str, description: str) -> str:
     """The figure as an `<svg>` for an HTML page.
 

@@ -100,6 +100,15 @@ class RunRecord:
         """Steps and values of one training scalar (shape: points), non-finite values left out."""
         return _curve(self.training, name)
 
+    def distances(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each evaluation that says so: KL to the model of before, nats; and what was reached
+        (shape: points).
+        """
+        rows = [row for row in self.evaluations if _is_number(row.get("kl_to_reference"))]
+        found = [(row["kl_to_reference"], row["return_mean"]) for row in rows]
+        columns = np.array(found, dtype=float).reshape(-1, 2)
+        return columns[:, 0], columns[:, 1]
+
     def _last_rows(self) -> list[dict[str, Any]]:
         result = [self.result] if self.result else []
         return [*self.training[-1:], *self.evaluations[-1:], *result]

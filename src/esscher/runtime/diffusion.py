@@ -53,6 +53,8 @@ class DiffusionWorld:
         self.kind = self.method_class.loop
         seed_phase(experiment.seed, 0, Phase.INITIALISE)  # For models that are made, not read.
         model = load_diffusion(self.stage.model, runtime.device)
+        if runtime.config.graph == "compile":
+            model.compile()
         self.digest = digest_of(model)
         self.spec = ImageSpec(model=model)
         self.real: RealSamples | None = None
@@ -65,6 +67,9 @@ class DiffusionWorld:
         self.reward: ImageReward | None = None
         if config.reward is not None:
             self.reward = ImageReward(config.reward, config.reward_kwargs, model.decode)
+        self.judge: ImageReward | None = None
+        if config.judge is not None:
+            self.judge = ImageReward(config.judge, config.judge_kwargs, model.decode)
         if self.reward is None and self.method_class.rewarded:
             raise UserError(f"{experiment.slug} needs a reward: give --reward module:function")
         self._shown: Tensor | None = None
@@ -106,6 +111,8 @@ class DiffusionWorld:
             extras["kl_to_reference"] = self._distance(
                 method.policy, reference, every.x, asked, seeds
             )
+        if self.judge is not None:
+            extras["judge_mean"] = self._second_opinion(every.x, asked)
         values, measure = self._judged(every, asked)
         return Evaluation(values, [1] * len(values), measure, extras)
 
@@ -125,6 +132,12 @@ class DiffusionWorld:
             name, values = next(iter(drawn.told.items()))
             return values.double().tolist(), name.replace("_", " ")
         return [0.0] * len(x), "no reward"
+
+    def _second_opinion(self, x: Tensor, asked: Asked) -> float:
+        assert self.judge is not None
+        if self.judge.of_sets:
+            return self.judge.of_set(self.judge.embed(x, asked.rows))
+        return float(self.judge(x, asked.rows).double().mean())
 
     def _distance(
         self, model: DiffusionModel, reference: DiffusionModel, x: Tensor, asked: Asked, seeds: Any

@@ -382,6 +382,8 @@ def digits() -> Experiment:
                 labels=(10,),
                 reward="esscher.image_rewards:ClassProbability",
                 reward_kwargs={"classifier": "esscher.images:digits_classifier", "target": 3},
+                judge="esscher.image_rewards:ClassProbability",
+                judge_kwargs={"classifier": "esscher.images:digits_judge", "target": 3},
             ),
             steps=10,
         ),
