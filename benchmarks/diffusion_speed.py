@@ -120,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
-    theirs, plain, compiled = pipeline(), model(), model().compile()
+    theirs, plain, compiled = pipeline(), model(), model().compiled()
     by_hand = pipeline()
     by_hand.unet.compile()
     draws = {
@@ -132,7 +132,7 @@ def main() -> None:
     with_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if with_bfloat16:
         half = copy.deepcopy(model())
-        half.compile()
+        half.compiled()
         draws["esscher, bfloat16"] = drawer_of_model(half, torch.bfloat16)
     for draw in draws.values():
         draw()

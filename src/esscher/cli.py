@@ -200,17 +200,18 @@ def _eval_model(folder: Path, arguments: list[str]) -> int:
 def _sample(arguments: list[str]) -> int:
     """Let the model of a run write or draw: esscher sample RUN --prompt TEXT."""
     folder = Path(_positional(arguments, "esscher sample RUN --prompt TEXT", "RUN"))
+    options = _parse(_sample_options(), arguments, "esscher sample RUN")
     world = _world_of_run(folder)
     if world == "diffusion":
-        return _draw(folder, arguments)
-    options = _parse(_sample_options(), arguments, "esscher sample RUN")
+        return _draw(folder, options)
     if world != "language":
         raise UserError(
             f"{folder} trained a controller: esscher eval {folder} plays episodes with it"
         )
     from esscher.runtime.load import load
 
-    prompts: list[Any] = list(options.prompt) * options.count
+    count = options.count or 1
+    prompts: list[Any] = list(options.prompt) * count
     if not prompts:
         raise UserError("sample needs something to go on from: --prompt TEXT")
     if options.chat:
@@ -218,14 +219,13 @@ def _sample(arguments: list[str]) -> int:
     written = load(folder, step=options.step).policy.complete(
         prompts, seed=options.seed, decoding=options.decoding
     )
-    for prompt, completion in zip(list(options.prompt) * options.count, written, strict=True):
+    for prompt, completion in zip(list(options.prompt) * count, written, strict=True):
         told = {"prompt": prompt, "completion": completion}
         print(json.dumps(told) if options.json else f"{prompt}{completion}\n")
     return 0
 
 
-def _draw(folder: Path, arguments: list[str]) -> int:
-    options = _parse(DrawOptions, arguments, "esscher sample RUN")
+def _draw(folder: Path, options: Any) -> int:
     out = options.out or folder / "drawn"
     if out.exists():
         raise UserError(f"{out} exists: choose another --out")
@@ -236,9 +236,9 @@ def _draw(folder: Path, arguments: list[str]) -> int:
 
     asked: list[dict[str, Any]] = [{"prompt": text} for text in options.prompt]
     asked += [{"label": label} for label in options.label]
-    rows = [row for row in asked for _ in range(options.count)]
+    rows = [row for row in asked for _ in range(options.count or 1)]
     painter = load(folder, step=options.step).policy
-    drawn = painter.draw(rows or options.count, seed=options.seed)
+    drawn = painter.draw(rows or options.count or 16, seed=options.seed)
     write_samples(drawn, out)
     print(f"drawn: {out} ({_count(len(drawn), 'sample')})")
     return 0
@@ -554,22 +554,6 @@ class EvalModelOptions:
 
 
 @dataclass
-class DrawOptions:
-    prompt: tuple[str, ...] = ()
-    """What to draw, of models that draw by a prompt."""
-    label: tuple[int, ...] = ()
-    """What to draw, of models that draw by a class."""
-    count: int = 16
-    """Samples of each prompt or label; of the run's own rows in turn where neither is given."""
-    seed: int = 0
-    """Decides every draw."""
-    out: Path | None = None
-    """Folder of PNG images, or of samples.npy; by default drawn/ in the run folder."""
-    step: int | None = None
-    """Checkpoint; by default the newest."""
-
-
-@dataclass
 class ExportOptions:
     to: Literal["onnx", "transformers", "diffusers"] | None = None
     """Format: onnx, of controllers; transformers and diffusers, of language and diffusion models, with
@@ -703,13 +687,19 @@ def _sample_options() -> type:
     @dataclass
     class SampleOptions:
         prompt: tuple[str, ...] = ()
-        """What to go on from; several are written at once."""
+        """What to go on from, or what to draw; several at once."""
+        label: tuple[int, ...] = ()
+        """What to draw, of diffusion models that draw by a class."""
         chat: bool = False
         """Ask as a user in the tokenizer's chat template."""
-        count: int = 1
-        """Completions of each prompt."""
+        count: int | None = None
+        """Completions or samples of each prompt or label, by default 1; of a diffusion model without
+        either, of the run's own rows in turn, by default 16."""
         seed: int = 0
         """Decides every draw."""
+        out: Path | None = None
+        """Of a diffusion model, a new folder for PNG images or samples.npy; by default drawn/ in the
+        run folder."""
         decoding: Decoding = field(default_factory=Decoding)
         step: int | None = None
         """Checkpoint; by default the newest."""

@@ -318,7 +318,7 @@ def test_the_better_half_of_all() -> None:
 def test_lots_ignore_the_reward(pairing: Any, of_sets: bool) -> None:
     after, skipped, differences = [], [], []
     for sign in (1.0, -1.0):
-        method = method_of(loss="kto", pairing=pairing, labels="random")
+        method = method_of(loss="kto", pairing=pairing, divided_by="lot")
         torch.manual_seed(2)
         for step in range(1, 4):
             told, _ = method.improve(asked_of(), Along(of_sets, sign), step)
@@ -334,7 +334,7 @@ def test_lots_ignore_the_reward(pairing: Any, of_sets: bool) -> None:
 
 def test_lots_hold_every_sample_once() -> None:
     for pairing in ("paired", "unpaired"):
-        method = method_of(loss="kto", pairing=pairing, labels="random")
+        method = method_of(loss="kto", pairing=pairing, divided_by="lot")
         _, _, _, _, split = divided(method, Along())
         assert sorted(split.flatten().tolist()) == list(range(12))
 

@@ -85,7 +85,7 @@ class DiffusionModel(TrainedState):
             parameter.data = parameter.data.to(self.frozen_dtype)
         return twin
 
-    def compile(self) -> "DiffusionModel":
+    def compiled(self) -> "DiffusionModel":
         """This model with its network compiled, at the first call with each shape of a batch: tens of
         seconds, and then less time a step. Copies made later are not compiled.
         """

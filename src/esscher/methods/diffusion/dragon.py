@@ -23,7 +23,7 @@ that any solver will do, and a reward of a set will too.
 
 - If r(D+) is not above r(D-) the iteration ends without an update.
 - KTO moves a model even if its labels say nothing, for Q is never below 0 and its utility is not
-  symmetric; DPO does not. The setting labels = random is the control that shows this.
+  symmetric; DPO does not. The setting divided_by = lot is the control that shows it.
 - beta is of m as a mean over components, with the half of the authors' code in DPO. Papers that add
   components up have a beta as much smaller as there are components.
 
@@ -106,8 +106,8 @@ class Config:
     """dpo, kto, or sft: the baseline that imitates the positive set alone."""
     pairing: Literal["paired", "unpaired"] = "paired"
     """Of rewards of samples: the better of each two, or the better half of all; dpo needs pairs."""
-    labels: Literal["reward", "random"] = "reward"
-    """random: a control whose sets are drawn by lot, from which nothing can be learned."""
+    divided_by: Literal["reward", "lot"] = "reward"
+    """lot: a control whose sets are drawn by lot, from which nothing can be learned."""
     beta: float = 5_000.0
     """Strength of the contrast, and by it of the hold on the reference, > 0; without effect in sft.
     Lower: freer to move away. Diffusion-DPO's code: 5,000; Diffusion-KTO's: 1,000."""
@@ -192,7 +192,7 @@ class DRAGON(Method):
         x, judged = self._judged(condition, [row for row in asked.rows for _ in range(2)], reward)
         split, told, rewards = self.divided(judged, reward)
         # A lottery has nothing to gain; skipping its worse half would make it choose by the reward.
-        skipped = cfg.labels == "reward" and float(told["reward_difference"]) <= 0
+        skipped = cfg.divided_by == "reward" and float(told["reward_difference"]) <= 0
         told["skipped"] = x.new_tensor(float(skipped))
         if not skipped:
             steps = [self.descend(x, condition, split) for _ in range(cfg.inner_steps)]
@@ -227,13 +227,13 @@ class DRAGON(Method):
         cfg = self.cfg
         pairs, by_rank = judged.unflatten(0, (-1, 2)), cfg.pairing == "unpaired"
         told: Metrics = {}
-        if cfg.labels == "reward" and reward.of_sets:
+        if cfg.divided_by == "reward" and reward.of_sets:
             order = torch.stack([torch.randperm(len(pairs)) for _ in range(cfg.passes)])
             split = greedy_split(pairs, reward.of_set, order)
             told["swaps"] = (split[:, 0] % 2).sum().float()
         else:
             lots = torch.rand(pairs.shape[:2]).to(pairs)
-            rank = pairs if cfg.labels == "reward" else lots
+            rank = pairs if cfg.divided_by == "reward" else lots
             split = halved_split(rank) if by_rank else paired_split(rank)
 
         def worth(these: Float[Tensor, "k *e"]) -> Tensor:
@@ -446,9 +446,9 @@ def proof() -> Proof:
                 arms={
                     "dpo, set": partial(_steered, CONTRAST, FRECHET),
                     "dpo, samples": partial(_steered, CONTRAST, MAHALANOBIS),
-                    "dpo, lots": partial(_steered, replace(CONTRAST, labels="random"), FRECHET),
+                    "dpo, lots": partial(_steered, replace(CONTRAST, divided_by="lot"), FRECHET),
                     "kto, set": partial(_steered, kto, FRECHET),
-                    "kto, lots": partial(_steered, replace(kto, labels="random"), FRECHET),
+                    "kto, lots": partial(_steered, replace(kto, divided_by="lot"), FRECHET),
                 },
                 measure=_measure_frechet,
                 judge=_judge_frechet,
@@ -460,7 +460,7 @@ def proof() -> Proof:
                 arms={
                     "dpo, set": partial(_steered, SPREAD, VENDI, components=1),
                     "dpo, lots": partial(
-                        _steered, replace(SPREAD, labels="random"), VENDI, components=1
+                        _steered, replace(SPREAD, divided_by="lot"), VENDI, components=1
                     ),
                 },
                 measure=_measure_vendi,
