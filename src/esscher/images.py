@@ -4,6 +4,8 @@ mixtures of Gaussians that need no training.
 Use them like any other: `--model esscher.images:tiny_unet --model.kwargs size 8 classes 4`.
 """
 
+import copy
+import functools
 import json
 import math
 import string
@@ -203,10 +205,15 @@ def digits_unet(*, updates: int = 600, width: int = 16) -> Any:
         updates: of denoising diffusion with 128 images each, >= 1.
         width: of the first block, a multiple of 8.
     """
+    require("updates", updates, updates >= 1, ">= 1")
+    return copy.deepcopy(_trained_digits(updates, width))
+
+
+@functools.cache
+def _trained_digits(updates: int, width: int) -> Any:
     from esscher.datasets import digits
 
-    require("updates", updates, updates >= 1, ">= 1")
-    with torch.random.fork_rng(devices=[]):
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # One model, whatever the run's seed.
         pipeline = tiny_unet(size=8, channels=1, width=width, classes=10)
         data = digits()
