@@ -15,6 +15,9 @@ Compared with best of n and sequential Monte Carlo (`sampler`), which forget wha
   which are wrong where the model is still undecided; with smooth rewards, where these are right, Monte
   Carlo is as good or better;
 - an interrupted search goes on, and the law of what is drawn tends to the target.
+- until then values are too low: a child whose first sample was poor is hardly seen again, as in any
+  average that decides on what it is taken of. Of a Gaussian tilted by 1.2 standard deviations three
+  quarters of the way were gone at 5,000 evaluations, and no more at 80,000.
 
 | variable | paper | shape | unit |
 |---|---|---|---|
