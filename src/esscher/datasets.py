@@ -180,3 +180,16 @@ def digits() -> dict[str, Any]:
     sklearn: Any = needed("sklearn.datasets", "esscher.datasets:digits", "diffusion")
     found = sklearn.load_digits()
     return {"image": (found.images / 16).astype("float32"), "label": found.target}
+
+
+RING_WEIGHTS = (0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.06, 0.04)
+
+
+def ring() -> Columns:
+    """50,000 points of eight Gaussians on a circle of radius 3, std 0.25, weights RING_WEIGHTS: what
+    esscher.images:mixture draws with components 8, radius 3, std 0.25 and these weights.
+    """
+    draw = np.random.default_rng(0)
+    angle = draw.choice(8, 50_000, p=RING_WEIGHTS) * (np.pi / 4)
+    means = 3 * np.stack([np.cos(angle), np.sin(angle)], -1)
+    return {"sample": (means + 0.25 * draw.standard_normal(means.shape)).astype(np.float32)}

@@ -10,6 +10,8 @@ import json
 import math
 import string
 import tempfile
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,6 +40,7 @@ def mixture(
     radius: float = 1.0,
     std: float = 0.1,
     width: int = 64,
+    depth: int = 2,
     classes: bool = False,
     weights: str = "",
 ) -> DiffusionModel:
@@ -51,7 +54,8 @@ def mixture(
         components: of the mixture, >= 1.
         radius: of the circle, > 0.
         std: of each component, > 0.
-        width: of the two hidden layers.
+        width: of the hidden layers.
+        depth: number of hidden layers, >= 1.
         classes: each component is a class, drawn by the column label; -1 is no class.
         weights: of the components, separated by commas; empty: all equal.
     """
@@ -61,7 +65,10 @@ def mixture(
     parts = [float(part) for part in weights.split(",")] if weights else [1.0] * components
     positive = len(parts) == components and all(part > 0 for part in parts)
     require("weights", weights, positive, f"{components} positive numbers")
-    denoiser = MixtureNetwork(components, radius, std, width, classes, torch.tensor(parts))
+    require("depth", depth, depth >= 1, ">= 1")
+    denoiser = MixtureNetwork(
+        components, radius, std, [width] * depth, classes, torch.tensor(parts)
+    )
 
     def levels(steps: int) -> Float[Tensor, "k"]:
         require("steps", steps, steps >= 1, ">= 1")
@@ -83,7 +90,7 @@ class MixtureNetwork(nn.Module):
         components: int,
         radius: float,
         std: float,
-        width: int,
+        hidden: Sequence[int],
         classes: bool,
         weights: Float[Tensor, "k"],
     ):
@@ -93,13 +100,10 @@ class MixtureNetwork(nn.Module):
         self.register_buffer("labels", torch.arange(components), persistent=False)
         self.std, self.classes = std, classes
         self.spread = math.sqrt(radius**2 / 2 + std**2)
-        self.network = nn.Sequential(
-            nn.Linear(3 + components * classes, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, 2),
-        )
+        sizes, layers = [3 + components * classes, *hidden, 2], []
+        for inputs, outputs in pairwise(sizes):
+            layers += [nn.Linear(inputs, outputs), nn.SiLU()]
+        self.network = nn.Sequential(*layers[:-1])
         last: Any = self.network[-1]
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)

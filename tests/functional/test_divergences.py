@@ -1,6 +1,7 @@
 import math
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
@@ -12,11 +13,14 @@ from esscher.functional.divergences import (
     alpha,
     by_name,
     divergence,
+    jeffreys,
     js,
     kl,
     neyman_chi2,
     pearson_chi2,
     reverse_kl,
+    softened_kl,
+    softened_reverse_kl,
     squared_hellinger,
     total_variation,
 )
@@ -24,6 +28,7 @@ from esscher.functional.divergences import (
 INFINITY = float("inf")
 ALPHAS = [-2.0, -1.0, -0.3, 0.0, 1e-7, 0.3, 0.5, 0.7, 1 - 1e-7, 1.0, 1.4, 2.0, 3.0]
 SMOOTH = [kl(), reverse_kl(), js(), pearson_chi2(), neyman_chi2(), squared_hellinger()]
+SMOOTH += [jeffreys(), softened_kl(), softened_reverse_kl()]
 SMOOTH += [alpha(a) for a in ALPHAS]
 EVERY = [*SMOOTH, total_variation()]
 LOG_U = torch.linspace(-4, 4, 33, dtype=torch.float64)
@@ -50,6 +55,9 @@ def textbook(name, u):
         "neyman_chi2": lambda: (u - 1) ** 2 / u,
         "squared_hellinger": lambda: (u**0.5 - 1) ** 2,
         "total_variation": lambda: abs(u - 1) / 2,
+        "jeffreys": lambda: (u - 1) * log(u),
+        "softened_kl": lambda: (u + 1) * log((u + 1) / 2),
+        "softened_reverse_kl": lambda: (u + 1) * log((u + 1) / (2 * u)),
     }[name]()
 
 
@@ -146,6 +154,7 @@ def test_swapping(f):
 
 def test_swapped_pairs_by_name():
     pairs = {"kl": "reverse_kl", "js": "js", "pearson_chi2": "neyman_chi2"}
+    pairs |= {"jeffreys": "jeffreys", "softened_kl": "softened_reverse_kl"}
     for one, two in pairs.items():
         assert by_name(one).swapped() == by_name(two)
         assert by_name(two).swapped() == by_name(one)
@@ -159,7 +168,8 @@ def test_extreme_ratios_never_give_nan(f, dtype):
     log_u = torch.tensor([-INFINITY, -1e5, -1e3, -200.0, -90.0, 90.0, 200.0, 1e3, 1e5], dtype=dtype)
     for function in (f.f, f.df, f.d2f, f.curvature):
         assert not function(log_u).isnan().any()
-    if f.name not in ("reverse_kl",):  # -log u is the one generator that falls for ever
+    # Those whose slope at u = 1 is not 0 fall for ever on one side; -log u does too.
+    if f.name not in ("reverse_kl", "softened_kl", "softened_reverse_kl"):
         assert (f.f(log_u) >= -1e-6).all()
     # Where a value is in range its gradient is a number, whatever the branch not taken does.
     at = log_u[1:].clone().requires_grad_()
@@ -222,6 +232,9 @@ def test_divergences_against_scipy_and_by_hand():
         "neyman_chi2": ((p - q) ** 2 / p).sum(-1),
         "squared_hellinger": ((p**0.5 - q**0.5) ** 2).sum(-1),
         "total_variation": abs(p - q).sum(-1) / 2,
+        "jeffreys": ((p - q) * np.log(p / q)).sum(-1),
+        "softened_kl": 2 * rel_entr((p + q) / 2, q).sum(-1),
+        "softened_reverse_kl": 2 * rel_entr((p + q) / 2, p).sum(-1),
         "alpha(0.3)": (1 - (p**0.7 * q**0.3).sum(-1)) / 0.21,
     }
     assert set(GENERATORS) < set(expected)

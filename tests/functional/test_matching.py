@@ -85,6 +85,9 @@ def test_where_the_target_is_zero():
         "squared_hellinger": -1.0,
         "kl": -INFINITY,
         "pearson_chi2": -INFINITY,
+        "jeffreys": -INFINITY,
+        "softened_kl": -INFINITY,
+        "softened_reverse_kl": math.log(2),
     }
     assert set(expected) == set(GENERATORS)
     for dtype in (torch.float32, torch.float64):

@@ -12,6 +12,9 @@ log u (nats), since u itself leaves the range of floats. The map between generat
   neyman_chi2       (u-1)^2 / u                           sum (p-q)^2 / p
   squared_hellinger (sqrt(u)-1)^2                         sum (sqrt(p)-sqrt(q))^2
   total_variation   |u-1| / 2                             sum |p-q| / 2
+  jeffreys          (u-1) log u                           KL(P||Q) + KL(Q||P)
+  softened_kl       (u+1) log((u+1)/2)                    2 KL(M||Q), M = (P+Q)/2
+  softened_reverse_kl  (u+1) log((u+1)/(2u))              2 KL(M||P)
   alpha(a)          (u^(1-a) - (1-a) u - a) / (a (a-1))   kl at a -> 0, reverse_kl at a -> 1,
                       pearson/2 at -1, neyman/2 at 2, 2 x squared_hellinger at 1/2
 
@@ -197,6 +200,60 @@ def total_variation() -> FDivergence:
     )
 
 
+def jeffreys() -> FDivergence:
+    """(u-1) log u, so that D_f(P||Q) = KL(P||Q) + KL(Q||P)."""
+    return FDivergence(
+        name="jeffreys",
+        f=lambda log_u: torch.expm1(log_u) * log_u,
+        df=lambda log_u: log_u - torch.expm1(-log_u),
+        d2f=lambda log_u: torch.exp(-log_u) + torch.exp(-2 * log_u),
+        curvature=lambda log_u: 1 + torch.exp(log_u),
+        conj=lambda y: torch.expm1(_jeffreys_inverse(y)) + _jeffreys_inverse(y),
+        dconj=lambda y: torch.exp(_jeffreys_inverse(y)),
+        domain=(-INFINITY, INFINITY),
+        swap=jeffreys,
+    )
+
+
+def softened_kl() -> FDivergence:
+    """(u+1) log((u+1)/2), so that D_f(P||Q) = 2 KL(M||Q) with M = (P+Q)/2."""
+    return FDivergence(
+        name="softened_kl",
+        f=lambda log_u: (1 + torch.exp(log_u)) * (-logsigmoid(-log_u) - LOG_2),
+        df=lambda log_u: 1 - LOG_2 - logsigmoid(-log_u),
+        d2f=lambda log_u: torch.sigmoid(-log_u),
+        curvature=lambda log_u: torch.exp(log_u + logsigmoid(log_u)),
+        conj=lambda y: 2 * torch.exp(y - 1) - y,
+        dconj=lambda y: torch.expm1(y - 1 + LOG_2),
+        domain=(1 - LOG_2, INFINITY),
+        swap=softened_reverse_kl,
+    )
+
+
+def softened_reverse_kl() -> FDivergence:
+    """(u+1) log((u+1)/(2u)), so that D_f(P||Q) = 2 KL(M||P) with M = (P+Q)/2.
+
+    Source: Xu et al. 2025, f-distill (arXiv 2502.15681), table 1.
+    """
+
+    def df(log_u: Tensor) -> Tensor:
+        # A floor, where log(1/u) - 1/u would be inf - inf.
+        log_u = log_u.clamp(min=LOG_ZERO)
+        return -LOG_2 - logsigmoid(log_u) - torch.exp(-log_u)
+
+    return FDivergence(
+        name="softened_reverse_kl",
+        f=lambda log_u: (1 + torch.exp(log_u)) * (-logsigmoid(log_u) - LOG_2),
+        df=df,
+        d2f=lambda log_u: torch.exp(logsigmoid(-log_u) - 2 * log_u),
+        curvature=lambda log_u: torch.sigmoid(-log_u),
+        conj=lambda y: LOG_2 - 1 - torch.log1p(_softened_inverse(y)),
+        dconj=lambda y: 1 / _softened_inverse(y),
+        domain=(-INFINITY, -LOG_2),
+        swap=softened_kl,
+    )
+
+
 def alpha(a: float) -> FDivergence:
     """(u^(1-a) - (1-a) u - a) / (a (a-1)), every real a, with limits at a = 0 and a = 1.
 
@@ -240,6 +297,9 @@ GENERATORS: dict[str, Callable[[], FDivergence]] = {
     "neyman_chi2": neyman_chi2,
     "squared_hellinger": squared_hellinger,
     "total_variation": total_variation,
+    "jeffreys": jeffreys,
+    "softened_kl": softened_kl,
+    "softened_reverse_kl": softened_reverse_kl,
 }
 
 
@@ -291,6 +351,29 @@ def divergence_terms(
 
 def _u_log_u(log_u: Tensor) -> Tensor:
     return log_u.exp() * log_u.clamp(min=LOG_ZERO)
+
+
+NEWTON_STEPS = 8
+"""Both starts below lie on the side from which the convergence is monotone: enough in float64."""
+
+
+def _jeffreys_inverse(y: Tensor) -> Tensor:
+    """Log u with log u + 1 - 1/u = y; its gradient is that of the last step."""
+    with torch.no_grad():
+        log_u = torch.where(y > 1, y - 1, -torch.log1p((1 - y).clamp(min=0)))
+        for _ in range(NEWTON_STEPS):
+            log_u = log_u - (log_u - torch.expm1(-log_u) - y) * torch.sigmoid(log_u)
+    return log_u - (log_u - torch.expm1(-log_u) - y) * torch.sigmoid(log_u)
+
+
+def _softened_inverse(y: Tensor) -> Tensor:
+    """V = 1/u > 0 with log((1+v)/2) - v = y, for y < -log 2; its gradient is that of the last step."""
+    excess = -LOG_2 - y
+    with torch.no_grad():
+        v = excess + (2 * excess).sqrt()
+        for _ in range(NEWTON_STEPS):
+            v = v - (v - torch.log1p(v) - excess) * (1 + 1 / v)
+    return v - (v - torch.log1p(v) - excess) * (1 + 1 / v)
 
 
 def _raise(log_u: Tensor, exponent: float) -> Tensor:
