@@ -58,8 +58,10 @@ def constant(size: int = 1, levels: Any = (2.0, 1.0)) -> DiffusionModel:
 
 
 def method_of(model: DiffusionModel, rows: int = 1, **changes: Any) -> B2DiffuRL:
-    steps = changes.get("steps", 1)
-    settings = SMALL | {"first_suffix": steps, "last_suffix": steps, "scale": 1.0} | {"steps": 1}
+    steps = changes.get("draw_steps", 1)
+    settings = (
+        SMALL | {"first_suffix": steps, "last_suffix": steps, "scale": 1.0} | {"draw_steps": 1}
+    )
     torch.manual_seed(0)
     config = Config(**(settings | {"batch_size": rows} | changes))
     method = B2DiffuRL(config, ImageSpec(model=model), Runtime(RUNTIME))
@@ -132,7 +134,7 @@ def test_stage_0_is_iteration_1(step: int, suffix: int) -> None:
 
 
 def four_steps(**changes: Any) -> dict[str, Any]:
-    settings = {"steps": 4, "first_suffix": 4, "last_suffix": 4, "eta": ETA, "branches": 2}
+    settings = {"draw_steps": 4, "first_suffix": 4, "last_suffix": 4, "eta": ETA, "branches": 2}
     return settings | changes
 
 
@@ -340,7 +342,7 @@ def test_gradient_is_that_of_plain_loops(kind: str, micro_batch_size: int) -> No
     method = method_of(
         model,
         rows=2,
-        **({"steps": 4, "last_suffix": 4, "scale": 1.5, "eta": 0.8} | LOOPS[kind]),
+        **({"draw_steps": 4, "last_suffix": 4, "scale": 1.5, "eta": 0.8} | LOOPS[kind]),
         micro_batch_size=micro_batch_size,
         clip=0.9,
         num_stages=2,
@@ -390,7 +392,7 @@ def test_gradient_of_the_exact_chain_in_closed_form() -> None:
 
 def test_first_ratios_are_1_and_log_probabilities_a_mean_over_components() -> None:
     model = small_mixture()
-    method = method_of(model, rows=2, steps=4, last_suffix=4, scale=1.5, branches=2)
+    method = method_of(model, rows=2, draw_steps=4, last_suffix=4, scale=1.5, branches=2)
     told, _ = method.drawn(asked_of(model, [0, 1]), Told([0.0] * 4), 4)
     for sample, label in enumerate([0, 0, 1, 1]):
         for step in range(3):
@@ -413,7 +415,13 @@ def test_first_ratios_are_1_and_log_probabilities_a_mean_over_components() -> No
 def test_branches_share_what_comes_before_their_fork(suffix: int, draw_batch_size: int) -> None:
     model = small_mixture()
     method = method_of(
-        model, rows=2, steps=4, last_suffix=4, branches=3, copies=2, draw_batch_size=draw_batch_size
+        model,
+        rows=2,
+        draw_steps=4,
+        last_suffix=4,
+        branches=3,
+        copies=2,
+        draw_batch_size=draw_batch_size,
     )
     asks: list[int] = []
     denoise = method._denoise
@@ -430,7 +438,7 @@ def test_branches_share_what_comes_before_their_fork(suffix: int, draw_batch_siz
 def test_each_sample_is_judged_by_its_own_row() -> None:
     model = small_mixture()
     method = method_of(
-        model, rows=3, branches=2, copies=2, draw_batch_size=3, steps=2, last_suffix=2
+        model, rows=3, branches=2, copies=2, draw_batch_size=3, draw_steps=2, last_suffix=2
     )
     labels: list[int] = []
 
@@ -488,7 +496,13 @@ def test_no_sample_is_dropped_whatever_the_minibatch(count: int, size: int, step
 def test_only_the_policy_moves(algorithm: str) -> None:
     model = small_mixture()
     method = method_of(
-        model, rows=2, algorithm=algorithm, steps=3, last_suffix=3, branches=3, learning_rate=0.01
+        model,
+        rows=2,
+        algorithm=algorithm,
+        draw_steps=3,
+        last_suffix=3,
+        branches=3,
+        learning_rate=0.01,
     )
     fixed, moving = parameters_of(method._reference), parameters_of(model)
     for step in (1, 2):
@@ -504,7 +518,14 @@ def test_adapters_learn_and_nothing_else_does() -> None:
     config = ModelConfig(source="esscher.images:tiny_stable_diffusion", lora_rank=2)
     model = load_diffusion(config, torch.device("cpu"))
     method = method_of(
-        model, rows=1, algorithm="dpok", steps=2, last_suffix=2, scale=2.0, branches=2, epochs=2
+        model,
+        rows=1,
+        algorithm="dpok",
+        draw_steps=2,
+        last_suffix=2,
+        scale=2.0,
+        branches=2,
+        epochs=2,
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     encoded = model.encode([{"prompt": "a cat"}])
@@ -537,7 +558,7 @@ def test_the_past_is_saved_and_opened_without_rows() -> None:
 
 def test_drawing_is_the_policy_by_seeds() -> None:
     model = small_mixture()
-    method = method_of(model, rows=2, steps=4, last_suffix=4, scale=1.5, eta=0.5)
+    method = method_of(model, rows=2, draw_steps=4, last_suffix=4, scale=1.5, eta=0.5)
     one, two = (method.draw(asked_of(model, rows), [5, 6]).x for rows in ([0, 1], [1, 1]))
     torch.testing.assert_close(one[1], two[1])
     assert not torch.allclose(one[0], two[0])
@@ -590,7 +611,7 @@ def test_bad_settings_are_refused_by_name(changes: Any, said: str) -> None:
 def test_a_suffix_without_a_draw_is_refused() -> None:
     model = small_mixture()
     with pytest.raises(UserError, match="first_suffix must be >= 2, for the last step"):
-        method_of(model, steps=4, first_suffix=1, last_suffix=4)
+        method_of(model, draw_steps=4, first_suffix=1, last_suffix=4)
     method_of(chain(steps=4), **four_steps(first_suffix=1))  # Its last step is a draw.
 
 

@@ -23,8 +23,9 @@ Compared with DDPO
 - only the last steps are trained at first, where what was drawn before is the same for all branches;
 - what differs between the branches of a fork is owed to the trained steps alone;
 - samples that are neither clearly good nor clearly bad are not learned from.
-DDPO is this with branches 1, first_suffix = last_suffix = steps and selection "all". DPOK is another
-algorithm in the same frame: its loss is -A clip(ratio) + kl_weight KL(pi || pi of the model before).
+DDPO is this with branches 1, first_suffix = last_suffix = draw_steps and selection "all". DPOK is
+another algorithm in the same frame: its loss is -A clip(ratio) + kl_weight KL(pi || pi of the model
+before).
 
 The paper's pseudo-code calls thresholds tau; here `tau` is always a Polyak step.
 
@@ -93,7 +94,7 @@ class Config:
 
     algorithm: Literal["ddpo", "dpok"] = "ddpo"
     """What is lowered at each step: PPO's clipped loss, or DPOK's with its pull to the model before."""
-    steps: int = 20
+    draw_steps: int = 20
     """T, steps from noise to sample, >= 1; also of drawing."""
     eta: float = 1.0
     """Share of the ancestral noise in a step, in (0, 1]; also of drawing."""
@@ -104,7 +105,7 @@ class Config:
     first_suffix: int = 14
     """k_left, last steps that the first stage trains, in [1, last_suffix]."""
     last_suffix: int = 20
-    """k_right, last steps that the last stage trains, in [first_suffix, steps]."""
+    """k_right, last steps that the last stage trains, in [first_suffix, draw_steps]."""
     num_stages: int = 100
     """J, iterations over which the suffix grows, >= 1; then it stays at last_suffix."""
     branches: int = 5
@@ -162,7 +163,7 @@ class Config:
         ):
             require(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
         for name in (
-            *("steps", "num_stages", "branches", "copies"),
+            *("draw_steps", "num_stages", "branches", "copies"),
             *("epochs", "batch_size", "minibatch_size"),
         ):
             require(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
@@ -171,7 +172,12 @@ class Config:
         )
         require("clip", self.clip, 0 < self.clip < 1, "in (0, 1)")
         first, last = self.first_suffix, self.last_suffix
-        require("last_suffix", last, 1 <= last <= self.steps, f"in [1, {self.steps}], the steps")
+        require(
+            "last_suffix",
+            last,
+            1 <= last <= self.draw_steps,
+            f"in [1, {self.draw_steps}], the draw_steps",
+        )
         require("first_suffix", first, 1 <= first <= last, f"in [1, {last}], the last_suffix")
         low, high = self.negative_threshold, self.positive_threshold
         require("negative_threshold", low, low <= high, f"<= positive_threshold {high}")
@@ -264,7 +270,7 @@ class B2DiffuRL(Method):
         self._reference = spec.model.frozen()
         self._denoise = _in_full_precision(runtime, self.model.guided(cfg.scale))
         self._denoise_before = _in_full_precision(runtime, self._reference.guided(cfg.scale))
-        levels = self.model.levels(cfg.steps)
+        levels = self.model.levels(cfg.draw_steps)
         num_drawn = int((levels[-cfg.first_suffix :] > 0).sum())
         told = ">= 2, for the last step of this model, to noise level 0, is no draw"
         require("first_suffix", cfg.first_suffix, num_drawn > 0, told)
@@ -296,7 +302,7 @@ class B2DiffuRL(Method):
 
     def draw(self, asked: Asked, seeds: Sequence[int]) -> Drawn:
         cfg = self.cfg
-        options = {"steps": cfg.steps, "scale": cfg.scale, "eta": cfg.eta}
+        options = {"steps": cfg.draw_steps, "scale": cfg.scale, "eta": cfg.eta}
         return Drawn(x=self.model.draw(asked.condition, seeds, **options), told={})
 
     def improve(
@@ -346,7 +352,7 @@ class B2DiffuRL(Method):
     def branched(self, condition: Condition, count: int, suffix: int) -> Chain:
         """The last `suffix` steps of `branches` samples from each of `count` starts."""
         cfg, model = self.cfg, self.model
-        levels = model.levels(cfg.steps)
+        levels = model.levels(cfg.draw_steps)
         fork = max(len(levels) - 1 - suffix, 0)
 
         def noise_for(like: Tensor) -> Callable[[int], Tensor]:
@@ -501,14 +507,14 @@ def _in_full_precision(runtime: Runtime, denoiser: Any) -> Any:
 
 ONE_THREAD = RuntimeConfig(device="cpu", threads=1, graph="eager")
 DDPO: Mapping[str, Any] = {"branches": 1, "selection": "all"}
-"""What makes it DDPO, where first_suffix = last_suffix = steps."""
+"""What makes it DDPO, where first_suffix = last_suffix = draw_steps."""
 
 
 def smoke() -> Experiment:
     """Six stages on eight Gaussians in the plane, two of them wanted."""
     return Experiment.of(
         Config(
-            steps=4,
+            draw_steps=4,
             scale=1.5,
             first_suffix=2,
             last_suffix=4,
@@ -544,7 +550,7 @@ def paper() -> Experiment:
     return Experiment.of(
         Config(),
         model=ModelConfig(lora_rank=4, lora_alpha=4.0),
-        image=ImageConfig(batch_size=8),
+        image=ImageConfig(at_once=8),
         steps=100,
         evaluation=EvaluationConfig(every=10, episodes=64),
         runtime=RuntimeConfig(precision="bfloat16"),
@@ -673,7 +679,7 @@ def _of_digits(name: str) -> Experiment:
         cfg,
         model="esscher.small_digits:model",
         image=ImageConfig(
-            labels=tuple(range(10)), reward="esscher.small_digits:ReadableAndThick", batch_size=500
+            labels=tuple(range(10)), reward="esscher.small_digits:ReadableAndThick", at_once=500
         ),
         steps=cfg.num_stages,
         evaluation=EvaluationConfig(every=10, episodes=500),
@@ -688,7 +694,7 @@ def _digit_figures(run: FinishedRun) -> dict[str, float]:
     method, figures = run.learner, {}
     label = torch.arange(10).repeat_interleave(100)
     reward, rows = small_digits.ReadableAndThick(), [{"label": k} for k in label.tolist()]
-    options = {"steps": method.cfg.steps, "scale": method.cfg.scale, "eta": method.cfg.eta}
+    options = {"steps": method.cfg.draw_steps, "scale": method.cfg.scale, "eta": method.cfg.eta}
     for name, model in (("", method.policy), ("before: ", method._reference)):
         images = model.decode(model.draw(label, range(len(label)), **options))
         spread = small_digits.features(images).view(10, 100, -1).var(1).sum(-1)
