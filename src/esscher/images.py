@@ -32,6 +32,7 @@ from esscher.functional.diffusion import (
     sampling_timesteps,
     sigma_of_alpha_bar,
 )
+from esscher.runtime.rng import Phase, seed_phase
 
 
 def mixture(
@@ -218,7 +219,7 @@ def _trained_digits(updates: int, width: int) -> Any:
     from esscher.datasets import digits
 
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # One model, whatever the run's seed.
+        seed_phase(0, 0, Phase.INITIALISE)  # One model, whatever the run's seed.
         pipeline = tiny_unet(size=8, channels=1, width=width, classes=10)
         data = digits()
         images = 2 * torch.from_numpy(data["image"]).unsqueeze(1) - 1
@@ -261,7 +262,7 @@ def _digits_classifier(seed: int, width: int) -> nn.Module:
     from esscher.datasets import digits
 
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
+        seed_phase(seed, 0, Phase.INITIALISE)
         data = digits()
         images = torch.from_numpy(data["image"]).unsqueeze(1)
         labels = torch.from_numpy(data["label"])
