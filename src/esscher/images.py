@@ -204,7 +204,7 @@ def _classes_of(rows: Any, count: int) -> Int[Tensor, "b"]:
 
 
 def digits_unet(*, updates: int = 600, width: int = 16) -> Any:
-    """A pipeline that draws handwritten digits of 8 x 8 by class, trained as it is made: half a minute.
+    """A pipeline that draws handwritten digits of 8 x 8 by class, trained as it is made: two minutes.
 
     Args:
         updates: of denoising diffusion with 128 images each, >= 1.

@@ -187,13 +187,13 @@ def digits() -> Experiment:
     """A small U-Net that draws handwritten digits of 8 x 8, by class, in about three minutes."""
     return replace(
         Experiment.of(
-            Config(learning_rate=1e-3),
+            Config(learning_rate=2e-3, batch_size=64, average=0.99),
             model=ModelConfig(
                 source="esscher.images:tiny_unet",
-                kwargs={"size": 8, "channels": 1, "width": 32, "classes": 10},
+                kwargs={"size": 8, "channels": 1, "width": 16, "classes": 10},
             ),
             data="esscher.datasets:digits",
-            steps=2_000,
+            steps=1_500,
         ),
         evaluation=EvaluationConfig(every=500, episodes=100),
         checkpoint=CheckpointConfig(every=500),
