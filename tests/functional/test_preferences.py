@@ -403,7 +403,8 @@ def test_mean_penalty_under_the_policy_is_the_divergence(name):
     log_ratio = torch.linspace(-6, 6, 49, dtype=torch.float64)
     assert (penalty_terms(log_ratio, by_name(name)) >= -1e-14).all()
     assert penalty_terms(double(0.0), by_name(name)).item() == 0.0
-    assert set(GENERATORS) < set(TEXTBOOK)
+    later = {"jeffreys", "softened_kl", "softened_reverse_kl"}  # See test_divergences.
+    assert set(GENERATORS) - later < set(TEXTBOOK)
 
 
 def test_penalties_are_those_of_the_official_code():
