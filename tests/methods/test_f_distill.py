@@ -328,6 +328,12 @@ def test_the_fake_loss_by_hand() -> None:
     assert loss.item() == pytest.approx((5 / 4 + 2) / 2)
 
 
+def test_the_fake_score_lowers_the_error_of_what_the_model_predicts() -> None:
+    assert learner("f_distill")._weighting == "epsilon"
+    assert learner("f_distill", fake_weighting="sample")._weighting == "sample"
+    assert method_of()._weighting == "v_prediction"
+
+
 def test_the_discriminator_prefers_real_samples_after_a_few_steps() -> None:
     method = method_of(discriminator_learning_rate=1e-2, r1_weight=0.1)
     torch.manual_seed(5)

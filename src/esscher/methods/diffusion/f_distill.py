@@ -35,7 +35,7 @@ Compared with DMD2:
 | bin_means | running means of r | bins | |
 
 Divergences have the names of functional/divergences.py with u = r, so kl is KL(teacher || student), the
-paper's forward KL. An RUN/model is drawn from in one step, at noise level `first_sigma`.
+paper's forward KL. What is trained draws in one step, at noise level `first_sigma`.
 """
 
 import math
@@ -142,9 +142,11 @@ class Config:
     """Of the approximate gradient penalty on real samples, >= 0 (FastGen; the paper: 1)."""
     r1_noise: float = 0.1
     """Standard deviation of its nudge of noisy samples, > 0 (FastGen)."""
-    fake_weighting: Prediction = "v_prediction"
-    """Whose error the fake score lowers. v_prediction is DMD2's 1 / sigma^2 + 1 / sigma_data^2 at
-    sigma_data 1; FastGen takes what the teacher predicts."""
+    fake_weighting: Literal["model", "epsilon", "sample", "v_prediction", "flow_prediction"] = (
+        "model"
+    )
+    """Whose error the fake score lowers. model: that of what the model predicts, where it says so
+    (FastGen), else v_prediction, which is DMD2's 1 / sigma^2 + 1 / sigma_data^2 at sigma_data 1."""
     batch_size: int = 256
     """Real samples an update, and as many drawn, >= 4 num_bins where ratio_average is 0: with one
     sample a bin every r would be 1 (the paper: 2048)."""
@@ -152,7 +154,8 @@ class Config:
     """Of the teacher's guidance; 1: none (the paper: 1.75 for Stable Diffusion)."""
     noise: Literal["model", "log_uniform", "karras"] = "model"
     """Noise levels of x_t: those that the model was trained at, or from low_sigma to high_sigma evenly
-    in log sigma or in sigma^(1/7) (FastGen's for EDM)."""
+    in log sigma or in sigma^(1/7) (FastGen's for EDM). At high levels the clean estimate of a network
+    that predicts noise is mostly its error times sigma: leave those out where training is unstable."""
     low_sigma: float = 0.002
     """Least noise level where `noise` is not model, in (0, high_sigma)."""
     high_sigma: float = 80.0
@@ -217,6 +220,8 @@ class FDistill(Method):
         self.average = model.averaged() if cfg.average else model
         self.student_opt = self._optim(self.student.trained, cfg.learning_rate)
         self.fake_opt = self._optim(self.fake.trained, cfg.fake_learning_rate)
+        own: Prediction = getattr(model.denoiser, "prediction", "v_prediction")
+        self._weighting: Prediction = own if cfg.fake_weighting == "model" else cfg.fake_weighting
         self._middle: nn.Module | None = None
         if cfg.gan_weight:
             self._middle = _middle_of(self._teacher)
@@ -229,6 +234,7 @@ class FDistill(Method):
         ends = (low, high) if cfg.noise == "model" else (cfg.low_sigma, cfg.high_sigma)
         places = self._place(torch.tensor(ends, device=runtime.device)).tolist()
         self._low_place, self._high_place = places
+        self._generate = runtime.autocast(self.generate)
         self._student_loss = runtime.autocast(self.student_loss)
         self._fake_loss = runtime.autocast(self.fake_loss)
         self._discriminator_loss = runtime.autocast(self.discriminator_loss)
@@ -246,7 +252,7 @@ class FDistill(Method):
         if step % self.cfg.student_update_every == 0:
             return self._improve_student(start, sigma, noise, batch.condition, step)
         with torch.no_grad():
-            x = self.generate(self.student, start, batch.condition)
+            x = self._generate(self.student, start, batch.condition)
         noisy = x + over(sigma, x) * noise
         fake_loss = self._fake_loss(x, noisy, sigma, batch.condition)
         self.fake_opt.minimize(fake_loss)
@@ -329,7 +335,7 @@ class FDistill(Method):
     ) -> Float[Tensor, ""]:
         """Of denoising what the student draws."""
         denoised = self.fake.denoiser(noisy, sigma, condition)
-        return denoising_terms(denoised, x, sigma, self.cfg.fake_weighting).mean()
+        return denoising_terms(denoised, x, sigma, self._weighting).mean()
 
     def discriminator_loss(
         self,
@@ -525,13 +531,15 @@ def paper() -> Experiment:
 
 def digits() -> Experiment:
     """Handwritten digits of 8 x 8 in one step; give the model that `ddpm` ended with on its recipe
-    digits (--model RUN/model).
+    digits (--model RUN/model). Noise above 10, where that model's estimates are poor, is left out.
     """
     cfg = Config(
-        learning_rate=1e-4,
-        fake_learning_rate=5e-4,
-        discriminator_learning_rate=5e-4,
+        fake_learning_rate=3e-4,
+        discriminator_learning_rate=3e-4,
         batch_size=64,
+        noise="log_uniform",
+        low_sigma=0.05,
+        high_sigma=10.0,
         first_sigma=10.0,
         average=0.99,
     )
