@@ -73,6 +73,7 @@ class Config:
     scale: float = 1.0
     """Of guidance in drawing; 1: none."""
     solver: Solver = "ddim"
+    """Of drawing: ddim, euler, heun or dpmpp_2m."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "max_grad_norm"):

@@ -126,6 +126,7 @@ class Config:
     """Of guidance in drawing, in training and after it; 1: none. The paper trains with that of
     use."""
     solver: Solver = "ddim"
+    """Of drawing, in training and after it: ddim, euler, heun or dpmpp_2m."""
     learning_rate: float = 1e-5
     """AdamW step, > 0 (a choice, for adapters; 1e-6 where all weights are trained)."""
     weight_decay: float = 0.01
