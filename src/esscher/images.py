@@ -361,6 +361,46 @@ def tiny_dit(
     return diffusers.DiTPipeline(transformer, _autoencoder(diffusers, size), scheduler)
 
 
+def tiny_pixel_dit(
+    *,
+    size: int = 8,
+    channels: int = 1,
+    layers: int = 4,
+    heads: int = 4,
+    width: int = 64,
+    classes: int = 10,
+    prediction: str = "epsilon",
+    train_steps: int = 1000,
+) -> Any:
+    """A transformer with random weights that draws images themselves by class: a DiTPipeline without
+    an autoencoder. Its folders are read here as any, and by DiTPipeline.from_pretrained(FOLDER,
+    vae=None), of which the transformer and the scheduler serve: its own call wants an autoencoder.
+
+    Args:
+        size: of an image, divisible by 2; patches are 2 x 2.
+        channels: of an image.
+        layers: of the transformer.
+        heads: of attention; they divide the width.
+        width: of the transformer.
+        classes: drawn by the column label; one more class stands for none.
+        prediction: epsilon, sample, v_prediction, or flow for flow matching.
+        train_steps: noise levels.
+    """
+    diffusers: Any = needed("diffusers", "a diffusion model", "diffusion")
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=width // heads,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=layers,
+        sample_size=size,
+        patch_size=2,
+        num_embeds_ada_norm=classes,
+    )
+    scheduler = _scheduler(diffusers, prediction, train_steps)
+    return diffusers.DiTPipeline(transformer, None, scheduler)
+
+
 def tiny_stable_diffusion(
     *, size: int = 8, width: int = 32, context: int = 16, train_steps: int = 1000
 ) -> Any:

@@ -6,7 +6,7 @@ Weights are read from safetensors only, and no code that comes with a model is r
 | pipeline | draws by | sample |
 |---|---|---|
 | StableDiffusionPipeline | `prompt` | latent |
-| DiTPipeline | `label` | latent |
+| DiTPipeline | `label` | latent; image where it has no autoencoder (`vae`) |
 | DDPMPipeline, DDIMPipeline (UNet2DModel) | `label` where it has classes, else nothing | image |
 
 What a scheduler does besides its noise levels (clipping or thresholding of the clean estimate) is left
@@ -114,7 +114,7 @@ def save_diffusion(model: DiffusionModel, folder: Path, *, adapters_only: bool =
     """Write a folder that DiffusionPipeline.from_pretrained opens, whole or not at all.
 
     Adapters are written into the weights that they change. Of a module of the user's own the state is
-    written, as model.safetensors.
+    written, as model.safetensors, under the module's own names: `load_state_dict` takes it.
 
     Args:
         model: from `load_diffusion`.
@@ -136,7 +136,7 @@ def save_diffusion(model: DiffusionModel, folder: Path, *, adapters_only: bool =
         )
     with written_whole(folder) as writing:
         if pipeline is None:
-            _save_state(model, writing)
+            _save_state(model.denoiser, writing)
         elif adapters_only:
             layers = _adapter_state(network)
             type(pipeline).save_lora_weights(writing, unet_lora_layers=layers)
@@ -466,7 +466,7 @@ def _of_pipeline(
         wrapped = Network(network, "class_labels", "label")
     else:
         wrapped = Network(network, None, None)
-    if hasattr(pipeline, "vae"):
+    if getattr(pipeline, "vae", None) is not None:
         if config.gradient_checkpointing:
             pipeline.vae.enable_gradient_checkpointing()
         decode, invert = Decoder(pipeline.vae, dtype), Inverter(pipeline.vae, dtype)
@@ -587,9 +587,9 @@ def _pretrained(source: str) -> Any:
             index = diffusers.DiffusionPipeline.load_config(source)
             name = index.get("_class_name")
             if isinstance(name, str) and name in NETWORKS:  # A list names code that comes with it.
-                none: Any = {}
+                none: Any = {"vae": None} if index.get("vae") == [None, None] else {}
                 if name == "StableDiffusionPipeline":
-                    none = {"safety_checker": None, "feature_extractor": None}
+                    none |= {"safety_checker": None, "feature_extractor": None}
                     none["requires_safety_checker"] = False
                 return diffusers.DiffusionPipeline.from_pretrained(
                     source, use_safetensors=True, **none
@@ -646,9 +646,9 @@ def _adapter_state(network: Any) -> dict[str, Tensor]:
     return utils.convert_state_dict_to_diffusers(state)
 
 
-def _save_state(model: DiffusionModel, folder: Path) -> None:
+def _save_state(module: nn.Module, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     save_file(state, folder / "model.safetensors")
