@@ -1,19 +1,19 @@
 """Images a second: this library's sampling against a pipeline of diffusers, same network and steps.
 
-A U-Net for 32 x 32 colour images, batches of 16, DDIM with 20 steps, float32 and,
-on processors with instructions for it, bfloat16 (weights and activations; solver in float32). Both
-start from noise and end with arrays in [0, 1]. Ours is compiled (`--runtime.graph compile`); as it is
-without, and what the pipeline does when its network is compiled by hand, stand beside it. All in one
-process, in turn, after a batch of each that is not counted; the median of the pairs' ratios.
+Two U-Nets for 32 x 32 colour images, of 64, 96 and 128 channels and of 32 and 64, batches of 16, DDIM
+with 20 steps, float32 and, on processors with instructions for it, bfloat16 (matrix products and
+convolutions; solver in float32). All start from noise and end with arrays in [0, 1]. Ours is
+`esscher sample --compile`; beside it stand ours without, and the pipeline with its network compiled by
+hand. All in one process, in turn, after a batch of each that is not counted; the median of the pairs'
+ratios.
 
-Images from the same noise are compared in benchmarks' record as well: the largest difference to
-diffusers' own schedulers for DDIM, Euler and DPM-Solver++(2M), uncompiled and compiled.
+Images from the same noise are compared too: the largest difference to those of diffusers' own
+schedulers for DDIM, Euler and DPM-Solver++(2M), eager and compiled.
 
     python benchmarks/diffusion_speed.py            writes benchmarks/diffusion_speed.json
 """
 
 import argparse
-import copy
 import json
 import platform
 import statistics
@@ -27,7 +27,7 @@ import diffusers
 import torch
 
 from esscher import __version__
-from esscher.adapters.diffusers import load_diffusion
+from esscher.adapters.diffusers import levels_of, load_diffusion
 from esscher.distributions.diffusion import DiffusionModel
 from esscher.experiment import ModelConfig
 from esscher.samplers.solvers import Solver, solve
@@ -36,16 +36,23 @@ BATCH, STEPS = 16, 20
 HERE = Path(__file__).parent
 
 
-def pipeline() -> Any:
+WIDTHS = {"64, 96, 128": (64, 96, 128), "32, 64": (32, 64)}
+
+
+def pipeline(name: str) -> Any:
     """With random weights; fixed for all who ask."""
     torch.manual_seed(0)
+    widths = WIDTHS[name]
+    plain = ["DownBlock2D", "UpBlock2D"]
+    attentive = ["AttnDownBlock2D", "AttnUpBlock2D"]
+    kinds = [plain, attentive, *[plain] * (len(widths) - 2)]
     unet = diffusers.UNet2DModel(
         sample_size=32,
         in_channels=3,
         out_channels=3,
-        block_out_channels=(64, 96, 128),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=widths,
+        down_block_types=tuple(down for down, _ in kinds),
+        up_block_types=tuple(up for _, up in reversed(kinds)),
         layers_per_block=1,
         norm_num_groups=8,
     )
@@ -54,8 +61,9 @@ def pipeline() -> Any:
     return found
 
 
-def model() -> DiffusionModel:
-    return load_diffusion(ModelConfig(source=f"{__name__}:pipeline"), torch.device("cpu"))
+def model(name: str) -> DiffusionModel:
+    config = ModelConfig(source=f"{__name__}:pipeline", kwargs={"name": name})
+    return load_diffusion(config, torch.device("cpu"))
 
 
 def seconds(draw: Callable[[], Any]) -> float:
@@ -76,6 +84,7 @@ def drawer_of_pipeline(of: Any) -> Callable[[], Any]:
 
 
 def drawer_of_model(of: DiffusionModel, dtype: torch.dtype) -> Callable[[], Any]:
+    @torch.no_grad()
     def draw() -> Any:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             return of.decode(of.draw(None, range(BATCH), steps=STEPS)).float().numpy()
@@ -84,9 +93,9 @@ def drawer_of_model(of: DiffusionModel, dtype: torch.dtype) -> Callable[[], Any]
 
 
 @torch.no_grad()
-def largest_difference(of: DiffusionModel, solver: Solver) -> float:
+def largest_difference(name: str, of: DiffusionModel, solver: Solver) -> float:
     """Of images from the same noise to those of diffusers' scheduler."""
-    reference, config = pipeline(), {"clip_sample": False}
+    reference, config = pipeline(name), {"clip_sample": False}
     scheduler: Any = {
         "ddim": lambda: diffusers.DDIMScheduler(**config),
         "euler": lambda: diffusers.EulerDiscreteScheduler(),
@@ -100,17 +109,50 @@ def largest_difference(of: DiffusionModel, solver: Solver) -> float:
     for step in scheduler.timesteps:
         output = reference.unet(scheduler.scale_model_input(z, step), step).sample
         z = scheduler.step(output, step, z).prev_sample
-    from esscher.adapters.diffusers import levels_of
-
     levels = levels_of(scheduler)(STEPS)
-    ours = solve(of.denoiser, noise * float(levels[0]), levels, solver=solver)
-    if (
-        solver != "euler"
-    ):  # These begin with noise of variance 1 at a level that has signal as well.
-        start = noise * (1 + float(levels[0]) ** 2) ** 0.5
-        ours = solve(of.denoiser, start, levels, solver=solver)
+    first = float(levels[0])
+    # DDIM and DPM-Solver++ begin with noise of variance 1 at a level that has signal as well.
+    scale = first if solver == "euler" else (1 + first**2) ** 0.5
+    ours = solve(of.denoiser, noise * scale, levels, solver=solver)
     images = (z / 2 + 0.5).clamp(0, 1)
     return float((of.decode(ours) - images).abs().max())
+
+
+def measured(name: str, pairs: int, with_bfloat16: bool) -> dict[str, Any]:
+    plain, compiled, by_hand = model(name), model(name).compiled(final=True), pipeline(name)
+    by_hand.unet.compile()
+    draws = {
+        "diffusers": drawer_of_pipeline(pipeline(name)),
+        "diffusers, network compiled by hand": drawer_of_pipeline(by_hand),
+        "esscher, eager": drawer_of_model(plain, torch.float32),
+        "esscher": drawer_of_model(compiled, torch.float32),
+    }
+    if with_bfloat16:
+        draws["esscher, bfloat16"] = drawer_of_model(
+            model(name).compiled(final=True), torch.bfloat16
+        )
+    for draw in draws.values():
+        draw()
+    taken: dict[str, list[float]] = {name: [] for name in draws}
+    for _ in range(pairs):
+        for way, draw in draws.items():
+            taken[way].append(seconds(draw))
+    base = taken["diffusers"]
+    return {
+        "images_per_second": {n: BATCH / statistics.median(v) for n, v in taken.items()},
+        "ratio_to_diffusers": {
+            name: statistics.median(b / own for b, own in zip(base, values, strict=True))
+            for name, values in taken.items()
+        },
+        "seconds": taken,
+        "largest_difference": {
+            kind: {
+                solver: largest_difference(name, of, solver)
+                for solver in ("ddim", "euler", "dpmpp_2m")
+            }
+            for kind, of in {"eager": plain, "compiled": compiled}.items()
+        },
+    }
 
 
 def main() -> None:
@@ -120,42 +162,13 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
-    theirs, plain, compiled = pipeline(), model(), model().compiled()
-    by_hand = pipeline()
-    by_hand.unet.compile()
-    draws = {
-        "diffusers": drawer_of_pipeline(theirs),
-        "diffusers, network compiled by hand": drawer_of_pipeline(by_hand),
-        "esscher, eager": drawer_of_model(plain, torch.float32),
-        "esscher": drawer_of_model(compiled, torch.float32),
-    }
     with_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if with_bfloat16:
-        half = copy.deepcopy(model())
-        half.compiled()
-        draws["esscher, bfloat16"] = drawer_of_model(half, torch.bfloat16)
-    for draw in draws.values():
-        draw()
-    taken: dict[str, list[float]] = {name: [] for name in draws}
-    for _ in range(options.pairs):
-        for name, draw in draws.items():
-            taken[name].append(seconds(draw))
-    ratios = {
-        name: statistics.median(
-            base / own for base, own in zip(taken["diffusers"], values, strict=True)
-        )
-        for name, values in taken.items()
-    }
-    record = {
-        "images_per_second": {n: BATCH / statistics.median(v) for n, v in taken.items()},
-        "ratio_to_diffusers": ratios,
-        "seconds": taken,
-        "largest_difference": {
-            kind: {
-                solver: largest_difference(of, solver) for solver in ("ddim", "euler", "dpmpp_2m")
-            }
-            for kind, of in {"eager": plain, "compiled": compiled}.items()
-        },
+    record: dict[str, Any] = {"networks": {}}
+    for name in WIDTHS:
+        record["networks"][name] = found = measured(name, options.pairs, with_bfloat16)
+        shown = {k: found[k] for k in ("ratio_to_diffusers", "largest_difference")}
+        print(name, json.dumps(shown, indent=1), flush=True)
+    record |= {
         "bfloat16": "measured" if with_bfloat16 else "this processor has no instructions for it",
         "threads": options.threads,
         "batch": BATCH,
@@ -167,9 +180,6 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     (HERE / "diffusion_speed.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(
-        json.dumps({k: record[k] for k in ("ratio_to_diffusers", "largest_difference")}, indent=1)
-    )
 
 
 if __name__ == "__main__":

@@ -231,6 +231,8 @@ def _draw(folder: Path, options: Any) -> int:
         raise UserError(f"{out} exists: choose another --out")
     if options.prompt and options.label:
         raise UserError("--prompt and --label exclude each other: a model draws by one of them")
+    import torch
+
     from esscher.report.pictures import write_samples
     from esscher.runtime.load import load
 
@@ -238,7 +240,10 @@ def _draw(folder: Path, options: Any) -> int:
     asked += [{"label": label} for label in options.label]
     rows = [row for row in asked for _ in range(options.count or 1)]
     painter = load(folder, step=options.step).policy
-    drawn = painter.draw(rows or options.count or 16, seed=options.seed)
+    if options.compile:
+        painter.compiled()
+    with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
+        drawn = painter.draw(rows or options.count or 16, seed=options.seed)
     write_samples(drawn, out)
     print(f"drawn: {out} ({_count(len(drawn), 'sample')})")
     return 0
@@ -700,6 +705,12 @@ def _sample_options() -> type:
         out: Path | None = None
         """Of a diffusion model, a new folder for PNG images or samples.npy; by default drawn/ in the
         run folder."""
+        compile: bool = False
+        """Of a diffusion model, compile its network first: half a minute, and then a fifth to a third
+        less time."""
+        precision: Literal["float32", "bfloat16"] = "float32"
+        """Of a diffusion model's matrix products; bfloat16 pays on processors with instructions for
+        it."""
         decoding: Decoding = field(default_factory=Decoding)
         step: int | None = None
         """Checkpoint; by default the newest."""

@@ -20,12 +20,23 @@ class Painter:
         model: the model.
         wanted: the rows that the run drew.
         draw: what is asked for, and a seed for each -> samples.
+        at_once: most samples in the making at one time, >= 1.
     """
 
     def __init__(
-        self, model: DiffusionModel, wanted: Wanted, draw: Callable[[Asked, Sequence[int]], Drawn]
+        self,
+        model: DiffusionModel,
+        wanted: Wanted,
+        draw: Callable[[Asked, Sequence[int]], Drawn],
+        *,
+        at_once: int = 64,
     ):
-        self.model, self._wanted, self._draw = model, wanted, draw
+        self.model, self._wanted, self._draw, self._at_once = model, wanted, draw, at_once
+
+    def compiled(self) -> "Painter":
+        """This, with its network compiled while it first draws, which pays where many are drawn."""
+        self.model.compiled(final=True)
+        return self
 
     @torch.no_grad()
     def draw(
@@ -38,10 +49,15 @@ class Painter:
                 rows, in turn.
             seed: an image depends on it, on its own row and its place.
         """
-        own = self._wanted
-        if isinstance(rows, int):
-            asked = own.asked([number % len(own.rows) for number in range(rows)])
-        else:
-            asked = Asked(row=[-1] * len(rows), rows=list(rows), condition=own.encode(rows))
-        seeds = [mix(seed, number) for number in range(len(asked))]
-        return self.model.decode(self._draw(asked, seeds).x).float().cpu()
+        own, count = self._wanted, rows if isinstance(rows, int) else len(rows)
+        shown: list[Tensor] = []
+        for start in range(0, count, self._at_once):
+            places = range(start, min(start + self._at_once, count))
+            if isinstance(rows, int):
+                asked = own.asked([place % len(own.rows) for place in places])
+            else:
+                part = [rows[place] for place in places]
+                asked = Asked(row=[-1] * len(part), rows=part, condition=own.encode(part))
+            drawn = self._draw(asked, [mix(seed, place) for place in places])
+            shown.append(self.model.decode(drawn.x).float().cpu())
+        return torch.cat(shown)

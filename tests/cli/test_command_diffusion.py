@@ -9,8 +9,11 @@ from types import SimpleNamespace
 import diffusers
 import numpy as np
 import pytest
+import torch
 from command_line import command
 from PIL import Image
+
+from esscher import load
 
 FEW = ["--evaluation.episodes", "4", "--runtime.threads", "1", "--log.to"]
 UNET = ["--model", "esscher.images:tiny_unet"]
@@ -77,6 +80,15 @@ def test_it_draws_and_repeats_itself(run: Path, tmp_path: Path) -> None:
     assert not all((a == b).all() for a, b in zip(one, three, strict=True))
     taken = esscher(*line, "--out", str(tmp_path / "one"))
     assert taken.returncode == 2 and "exists" in taken.stderr
+
+
+def test_how_many_at_once_changes_no_image(run: Path) -> None:
+    """But by rounding."""
+    painter, rows = load(run).policy, [{"label": k} for k in range(5)]
+    together = painter.draw(rows, seed=3)
+    painter._at_once = 2
+    torch.testing.assert_close(painter.draw(rows, seed=3), together, rtol=0, atol=1e-4)
+    assert not torch.allclose(painter.draw(rows, seed=4), together, atol=0.1)
 
 
 def test_points_are_kept_as_an_array(searched: Path, tmp_path: Path) -> None:

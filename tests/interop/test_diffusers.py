@@ -631,6 +631,19 @@ def test_what_is_no_model() -> None:
         of_pipeline(3)
 
 
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.usefixtures("unchecked")
+@torch.no_grad()
+def test_compiled_it_draws_the_same(final: bool) -> None:
+    """And what is learned afterwards shows, where the weights were not said to be final."""
+    model, compiled = own("mixture"), own("mixture").compiled(final=final)
+    for change in (0.1,) if final else (0.1, 0.5):
+        for each in (model, compiled):
+            each.denoiser.network[-1].bias += change
+        found, expected = (each.draw(None, [1, 2, 3], steps=5) for each in (compiled, model))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_a_mixture_knows_its_classes_before_training(tmp_path: Path) -> None:
     """Means on a circle of radius 1, std 0.1: 500 draws of class 2 of 8 lie around (0, 1)."""
     model = own("mixture", classes=True)

@@ -85,14 +85,18 @@ class DiffusionModel(TrainedState):
             parameter.data = parameter.data.to(self.frozen_dtype)
         return twin
 
-    def compiled(self) -> "DiffusionModel":
+    def compiled(self, *, final: bool = False) -> "DiffusionModel":
         """This model with its network compiled, at the first call with each shape of a batch: tens of
         seconds, and then less time a step. Copies made later are not compiled.
+
+        Args:
+            final: whether the weights will not change any more, which saves a little more where no
+                gradient is asked for; what they change to would be ignored.
         """
         if isinstance(self.denoiser, nn.Module):
             network = getattr(self.denoiser, "network", self.denoiser)
             inner: Any = getattr(network, "inner", network)
-            inner.compile()
+            inner.compile(options={"freezing": True} if final else None)
         return self
 
     def averaged(self) -> "DiffusionModel":

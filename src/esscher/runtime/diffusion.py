@@ -54,7 +54,7 @@ class DiffusionWorld:
         seed_phase(experiment.seed, 0, Phase.INITIALISE)  # For models that are made, not read.
         model = load_diffusion(self.stage.model, runtime.device)
         if runtime.config.graph == "compile":
-            model.compiled()
+            model.compiled(final=not self.method_class.trains)
         self.digest = digest_of(model)
         self.spec = ImageSpec(model=model)
         self.real: RealSamples | None = None

@@ -123,5 +123,6 @@ def _load_diffusion(
     world.check(checkpoint.meta["spec"])
     method = load_method(experiment.slug)(experiment.method, world.spec, runtime)
     method.load_state_dict(under("method", checkpoint.state))
-    painter = Painter(method.policy, world.wanted, method.draw)
+    at_once = experiment.stages[-1].image.at_once
+    painter = Painter(method.policy, world.wanted, method.draw, at_once=at_once)
     return Loaded(experiment, painter, method, checkpoint.step)
