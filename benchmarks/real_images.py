@@ -177,18 +177,18 @@ TRAINED = (
 )
 PROBABILITY = "esscher.image_rewards:ClassProbability"
 JOBS = {
-    "mnist_unet": f"ddpm --data FOLDER/mnist.npz --steps 3000 {TRAINED} "
-    "--model esscher.images:tiny_unet --model.kwargs size 16 channels 1 classes 10 width 32",
-    "mnist_transformer": f"ddpm --data FOLDER/mnist.npz --steps 5000 {TRAINED} "
-    "--model esscher.images:tiny_pixel_dit --model.kwargs size 16 channels 1 classes 10 width 128",
+    "mnist_unet": f"ddpm --data FOLDER/mnist.npz --steps 1500 {TRAINED} "
+    "--model esscher.images:tiny_unet --model.kwargs size 16 channels 1 classes 10 width 16",
+    "mnist_transformer": f"ddpm --data FOLDER/mnist.npz --steps 4000 {TRAINED} "
+    "--model esscher.images:tiny_pixel_dit --model.kwargs size 16 channels 1 classes 10 width 64",
     "mnist_unet_dragon": "dragon --model FOLDER/runs/mnist_unet/model --model.kwargs null_class 10 "
     f"--image.labels 0 1 2 3 4 5 6 7 8 9 --reward {PROBABILITY} --judge {PROBABILITY} "
     "--image.reward-kwargs classifier real_images:mnist_reward "
     "--image.judge-kwargs classifier real_images:mnist_judge --method.learning-rate 1e-4 "
     "--method.batch-size 64 --method.draw-steps 20 --steps 30 --evaluation.every 10 "
     "--evaluation.episodes 200",
-    "cifar10_unet": f"ddpm --data FOLDER/cifar10.npz --steps 2000 {TRAINED} "
-    "--model esscher.images:tiny_unet --model.kwargs size 32 classes 10 width 32",
+    "cifar10_unet": f"ddpm --data FOLDER/cifar10.npz --steps 1000 {TRAINED} "
+    "--model esscher.images:tiny_unet --model.kwargs size 32 classes 10 width 16",
 }
 
 
