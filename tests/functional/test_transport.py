@@ -1,4 +1,4 @@
-"""Distances of distributions: closed forms, an assignment solver, a linear program, sums written out."""
+"""Distances of distributions: closed forms, assignments, a linear program, sums written out."""
 
 import math
 
@@ -115,7 +115,7 @@ def test_a_step_against_the_gradient_of_sliced_w2_comes_nearer():
 
 
 def entropic_by_hand(cost, epsilon):
-    """min <P, C> + epsilon KL(P | a b) by plain scaling in float64; its value."""
+    """Minimum of <P, C> + epsilon KL(P | a b) by plain scaling in float64; its value."""
     m, n = cost.shape
     a, b = np.full(m, 1 / m), np.full(n, 1 / n)
     kernel, v = np.exp(-cost / epsilon), np.ones(n)

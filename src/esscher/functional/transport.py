@@ -19,7 +19,7 @@ def gaussian_w2(
     mean_b: Float[Tensor, "*c d"],
     covariance_b: Float[Tensor, "*c d d"],
 ) -> Float[Tensor, "*e"]:
-    """Wasserstein-2 distance of Gaussians, exact: the root of `frechet_distance`, in the samples' units.
+    """Exact Wasserstein-2 distance of Gaussians, in the samples' units: the root of `frechet_distance`.
 
     In float64; what rounding leaves below 0 counts as 0. Leading axes are broadcast.
 
@@ -40,8 +40,8 @@ def sliced_w2_terms(
     directions: Float[Tensor, "p d"],
     mask: Bool[Tensor, "b m"] | None = None,
 ) -> Float[Tensor, "b"]:
-    """Squared sliced Wasserstein-2 distance of sets of one size: the mean over the directions of that of
-    the projections, which is the mean squared difference of sorted values.
+    """Squared sliced Wasserstein-2 distance of sets of one size: the mean over the directions of that
+    of the projections, which is the mean squared difference of sorted values.
 
     Args:
         mask: of both sets; each has at least one sample.
@@ -73,13 +73,13 @@ def sinkhorn_divergence_terms(
     """Debiased entropic transport, S = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2, at the cost
     c = |x - y|^2 / 2: as epsilon falls to 0 it becomes half of the squared Wasserstein-2 distance.
 
-    OT is the dual value sum a f + sum b g after so many symmetric iterations in log space, each of which
-    moves f and g half way to
+    OT is the dual value sum a f + sum b g after so many symmetric iterations in log space, each of
+    which moves f and g half way to
 
         f_i = -epsilon log sum_j b_j exp((g_j - c_ij) / epsilon)
 
-    and likewise g; one full step of each ends them. epsilon is in units of the cost: it is the square of
-    geomloss's blur.
+    and likewise g; one full step of each ends them. epsilon is in units of the cost: it is the square
+    of geomloss's blur.
 
     Source: Feydy et al. 2019 (arXiv 1810.08278), eq. 3 and sec. 3.1; Knight et al. 2014.
     Gradient: to both sets.
@@ -109,7 +109,7 @@ def half_squared_costs(
 
 
 def _log_weights(x: Tensor, mask: Tensor | None) -> Float[Tensor, "b m"]:
-    """log of 1 / count for each sample that is there, -inf for the others."""
+    """Logarithm of 1 / count for each sample that is there, -inf for the others."""
     if mask is None:
         return x.new_full(x.shape[:2], -math.log(x.shape[1]))
     return torch.where(mask, -mask.sum(-1, keepdim=True).to(x.dtype).log(), -torch.inf)
