@@ -367,8 +367,8 @@ class Experiment:
         _check_diffusion(self.slug, kind, stage)
         if kind.world == "sets" and stage.data is None:
             raise UserError(
-                f"{self.slug} learns from sets of samples: give --data FILE.parquet with a column set_id, "
-                "FILE.csv, FILE.npz, a FOLDER or module:function"
+                f"{self.slug} learns from sets of samples: give --data FILE.parquet with a column "
+                "set_id, FILE.csv, FILE.npz, a FOLDER or module:function"
             )
         if kind.data == "none" and stage.data is not None and control:
             raise UserError(f"{self.slug} learns from its own steps only: leave out --data")
@@ -384,6 +384,7 @@ class Experiment:
                 "--method.warmup, or raise --steps"
             )
         width = max(getattr(self.method, "hidden", ()), default=0) if control else 1024
+        width = self.method.width if kind.world == "sets" else width
         stages = tuple(_with_whole_paths(stage) for stage in self.stages)
         # A method may have settings of its own that name files.
         method = self.method.resolved() if hasattr(self.method, "resolved") else self.method

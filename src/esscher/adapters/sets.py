@@ -2,14 +2,14 @@
 
 | source | what is read |
 |---|---|
-| FILE.parquet, FILE.csv | a row a sample: the column `set_id` says of which population, the others are its components |
-| FILE.jsonl, a FOLDER of datasets, a Hugging Face name | likewise, or a column `sample` of lists, or `image` |
-| FILE.npz | likewise: one array a column, or `sample` (n d) or `image` (n h w, n c h w) beside `set_id` |
+| FILE.parquet, FILE.csv | a row a sample: `set_id` says of which population; the rest are components |
+| FILE.jsonl, a FOLDER of datasets, a Hugging Face name | likewise, or `sample`, or `image` |
+| FILE.npz | likewise, an array a column; or `sample` (n d) or `image` (n h w, n c h w) and `set_id` |
 | FOLDER of images | each file; folders in it are the populations |
-| module:function | columns as in an .npz, a data frame, a mapping of names to arrays (m d), or a list of arrays |
+| module:function | columns, a data frame, a mapping of names to arrays (m d), or a list of arrays |
 
-Without a column `set_id` the column `label` says to which population a row belongs. AnnData go through a
-function that returns {"sample": adata.X, "set_id": adata.obs["donor"]}.
+Without a column `set_id` the column `label` says to which population a row belongs. AnnData go through
+a function that returns {"sample": adata.X, "set_id": adata.obs["donor"]}.
 """
 
 import csv
@@ -171,7 +171,7 @@ def _read(source: str, config: SetConfig) -> Any:
         table = parquet.read_table(path)
         return {name: _of_arrow(table[name]) for name in table.column_names}
     if path.is_dir() and (files := _images(path)):
-        return _read_images(source, files)
+        return _read_images(source, path, files)
     if ":" in source and not path.exists():
         return users_own(source, "data")()
     return read_rows(source, split=config.split)
@@ -191,7 +191,10 @@ def _read_csv(path: Path) -> dict[str, list[Any]]:
     for number, row in enumerate(rows, 2):
         if len(row) != len(heading):
             raise UserError(f"{path}, line {number}: {len(row)} values for {len(heading)} columns")
-    return {name: _numbers(column) for name, column in zip(heading, zip(*rows), strict=True)}
+    return {
+        name: _numbers(column)
+        for name, column in zip(heading, zip(*rows, strict=True), strict=True)
+    }
 
 
 def _numbers(column: Sequence[str]) -> list[Any]:
@@ -206,15 +209,14 @@ def _images(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
 
 
-def _read_images(source: str, files: Sequence[Path]) -> dict[str, Any]:
+def _read_images(source: str, path: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Files of a folder, as large as the first of them."""
     images: Any = needed("PIL.Image", source, "diffusion")
     with images.open(files[0]) as first:
         channels = 1 if first.mode in ("1", "L", "I", "I;16") else 3
         shape = (channels, first.height, first.width)
-    x, rows = read_samples(source, shape, columns={})
-    folders = [Path(file).parent.name for file in files]
-    assert len(rows) == len(folders)
+    x, _ = read_samples(source, shape, columns={})
+    folders = [file.parent.relative_to(path).as_posix() for file in files]
     return {"sample": x.numpy(), "set_id": folders}
 
 
@@ -322,7 +324,7 @@ def _check_finite(x: Array, where: str, columns: Sequence[str] = ()) -> None:
 def _groups(
     table: Table, config: SetConfig, generator: np.random.Generator, seed: int
 ) -> tuple[Populations, Populations, Array]:
-    groups = _all_groups(table)
+    groups = all_groups(table)
     training, held_out = _divided(groups.count, config, generator, f"{table.name}: populations")
 
     def part(numbers: Array) -> Groups:
@@ -359,7 +361,7 @@ def _kernels(
 def _mixtures(
     table: Table, config: SetConfig, generator: np.random.Generator, seed: int
 ) -> tuple[Populations, Populations, Array]:
-    groups = _all_groups(table)
+    groups = all_groups(table)
     if config.mixed > groups.count:
         raise UserError(
             f"sets.mixed must be at most {groups.count}, the populations of {table.name}, got "
@@ -389,13 +391,18 @@ def _divided(
     held = max(1, round(config.held_out_share * count))
     if count - held < 1:
         raise UserError(
-            f"{what}: {count} cannot be divided: give more, or --sets.held-out-share 0 to judge by what "
-            "is learned from"
+            f"{what}: {count} cannot be divided: give more, or --sets.held-out-share 0 to judge by "
+            "what is learned from"
         )
     return np.sort(order[held:]), np.sort(order[:held])
 
 
-def _all_groups(table: Table) -> Groups:
+def all_groups(table: Table) -> Groups:
+    """The populations of a table by what it says of each row.
+
+    Raises:
+        UserError: it says nothing, or there is a population of one sample.
+    """
     if table.group is None:
         raise UserError(
             f"{table.name} has no column set_id or label that says to which population a row belongs: "
@@ -409,4 +416,4 @@ def _all_groups(table: Table) -> Groups:
             "leave it out, or give two or more"
         )
     rows = np.split(np.argsort(inverse, kind="stable"), counts.cumsum()[:-1])
-    return Groups([str(name) for name in names], rows)
+    return Groups([str(name) for name in names.tolist()], rows)

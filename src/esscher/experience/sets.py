@@ -3,14 +3,14 @@
 Where the populations come from:
 
 - `Groups`: each has rows of its own (a column that says to which a row belongs);
-- `Kernels`: each is a neighbourhood of a value y* of a continuous label; row k is drawn with probability
-  proportional to exp(-(y_k - y*)^2 / (2 bandwidth^2));
+- `Kernels`: each is a neighbourhood of a value y* of a continuous label; row k is drawn with
+  probability proportional to exp(-(y_k - y*)^2 / (2 bandwidth^2));
 - `Mixtures`: each is a mixture of a few groups with weights from a Dirichlet distribution.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,21 +26,6 @@ from esscher.types import Sets
 MOST = 100_000
 """Sets a batch."""
 Rows = NDArray[np.int64]
-
-
-class Populations(Protocol):
-    """What sets are drawn from."""
-
-    @property
-    def count(self) -> int | None:
-        """How many there are; None: as many as are asked for."""
-        ...
-
-    def name(self, number: int) -> str: ...
-
-    def draw(self, number: int, size: int, generator: np.random.Generator) -> Rows:
-        """At most `size` rows of a population, at least two."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -95,8 +80,9 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Mixtures:
-    """Mixtures of `sources` different groups with Dirichlet(concentration) weights, as many as are asked
-    for: which one a number stands for is a function of (seed, number). Rows are drawn with putting back.
+    """Mixtures of `sources` different groups with Dirichlet(concentration) weights, as many as are
+    asked for: which one a number stands for is a function of (seed, number). Rows are drawn with
+    putting back.
     """
 
     groups: Groups
@@ -126,6 +112,12 @@ class Mixtures:
             for source, count in zip(chosen, counts, strict=True)
         ]
         return np.concatenate(parts)
+
+
+Populations = Groups | Kernels | Mixtures
+"""Each has `count` (None: as many as are asked for), `name(number)`, and `draw(number, size, generator)`
+for at most `size` rows.
+"""
 
 
 @dataclass(frozen=True)

@@ -105,9 +105,8 @@ class SetEncoder(nn.Module):
                 f"an encoder of kind {self.kind} pools in every block, so that the mean over chunks is "
                 "another vector: embed the whole set at once"
             )
-        total = sum(self(part.unsqueeze(0))[0] * len(part) for part in x.split(size))
-        assert isinstance(total, Tensor)
-        return total / len(x)
+        parts = [self(part.unsqueeze(0))[0] * len(part) for part in x.split(size)]
+        return torch.stack(parts).sum(0) / len(x)
 
 
 class Projection(nn.Module):

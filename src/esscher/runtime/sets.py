@@ -13,7 +13,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from esscher.adapters.sets import read_table, set_data
+from esscher.adapters.sets import all_groups, read_table, set_data
 from esscher.errors import UserError
 from esscher.experience.sets import Populations
 from esscher.experiment import Experiment
@@ -175,8 +175,53 @@ class SetWorld:
 
 def spec_of(described: Mapping[str, Any]) -> SetSpec:
     """The specification that a checkpoint describes."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in described.items()}
-    return SetSpec(**{name: value for name, value in fields.items() if name != "digest"})
+    shape, mean, std, columns = (tuple(described[n]) for n in ("shape", "mean", "std", "columns"))
+    return SetSpec(shape=shape, mean=mean, std=std, columns=columns)
+
+
+def redraw(
+    folder: Path,
+    out: Path,
+    *,
+    data: str | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    step: int | None = None,
+) -> list[str]:
+    """Embed populations, draw samples of each from its vector, and write them in the form in which data
+    are read: an .npz with `sample` and `set_id`. Returns the names of the populations.
+
+    Args:
+        folder: of the run.
+        out: the file.
+        data: populations in the form of the run's data; None: the run's own.
+        count: of samples of each; None: as many as it has, at most JUDGED.
+        seed: decides the draws.
+        step: of the checkpoint; None: the newest.
+
+    Raises:
+        UserError: as `load` and `read_table` do, or samples of other components than the run's.
+    """
+    from esscher.runtime.load import load
+
+    loaded = load(folder, step=step)
+    stage = loaded.experiment.stages[-1]
+    table = read_table(data or str(stage.data), stage.sets)
+    spec: SetSpec = loaded.policy.spec
+    if (table.shape, table.columns) != (spec.shape, spec.columns):
+        raise UserError(
+            f"{table.name} has samples of {', '.join(table.columns) or table.shape}, and this run learned "
+            f"from {', '.join(spec.columns) or spec.shape}"
+        )
+    groups = all_groups(table)
+    drawn, names = [], []
+    for number, rows in enumerate(groups.rows):
+        z = loaded.policy.embed([table.x[rows].reshape(-1, *spec.shape)])
+        size = count or min(len(rows), JUDGED)
+        drawn.append(loaded.policy.sample(z, size, seed=mix(seed, number))[0].numpy())
+        names += [groups.name(number)] * size
+    np.savez(out, sample=np.concatenate(drawn), set_id=np.array(names))
+    return list(groups.names)
 
 
 @torch.no_grad()
@@ -193,4 +238,5 @@ def _rank_correlation(vectors: Tensor, mean: Tensor, covariance: Tensor) -> floa
     distance = gaussian_w2(mean[first], covariance[first], mean[second], covariance[second])
     if bool((latent == latent[0]).all()):
         return 0.0
-    return float(np.nan_to_num(spearmanr(latent, distance).statistic))
+    found: Any = spearmanr(latent, distance)
+    return float(found.statistic)
