@@ -408,6 +408,7 @@ def all_groups(table: Table) -> Groups:
             f"{table.name} has no column set_id or label that says to which population a row belongs: "
             "name it with --sets.columns set_id NAME"
         )
+    names: Array
     names, inverse, counts = np.unique(table.group, return_inverse=True, return_counts=True)
     if counts.min() < 2:
         number = int(counts.argmin())
@@ -416,4 +417,4 @@ def all_groups(table: Table) -> Groups:
             "leave it out, or give two or more"
         )
     rows = np.split(np.argsort(inverse, kind="stable"), counts.cumsum()[:-1])
-    return Groups([str(name) for name in names.tolist()], rows)
+    return Groups(names.astype(str).tolist(), rows)

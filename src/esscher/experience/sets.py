@@ -115,8 +115,8 @@ class Mixtures:
 
 
 Populations = Groups | Kernels | Mixtures
-"""Each has `count` (None: as many as are asked for), `name(number)`, and `draw(number, size, generator)`
-for at most `size` rows.
+"""Each has `count` (None: as many as are asked for), `name(number)`, and `draw(number, size,
+generator)`, which returns at most `size` rows.
 """
 
 

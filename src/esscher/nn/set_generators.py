@@ -1,7 +1,7 @@
 """Conditional generators: from a vector z that stands for a distribution to samples of it.
 
-Each has `terms`, the loss of every set given its vector, and `draw`, as many samples of each vector as are
-asked for, from noise that is handed in. Samples are vectors of about unit scale.
+Each has `terms`, the loss of every set given its vector (of the variational one `parts`), and `draw`: as
+many samples of each vector as there is noise for. Samples are vectors of about unit scale.
 
 | kind | sample | loss of a set |
 |---|---|---|
@@ -102,9 +102,9 @@ class DiffusionGenerator(nn.Module):
     def draw(self, z: Float[Tensor, "b l"], noise: Noise) -> Float[Tensor, "b m d"]:
         """Ancestral sampling, with sigma_t^2 = beta_t.
 
-        In coordinates x = x0 + sigma eps the mean of a step is that of the reverse kernel at eta 1, whose
-        variance is the posterior's; beta_t is (sigma^2 - next^2) alpha_t there, a little more. The last
-        step has no noise.
+        In coordinates x = x0 + sigma eps the mean of a step is that of the reverse kernel at eta 1,
+        whose variance is the posterior's; beta_t is (sigma^2 - next^2) alpha_t there, a little more.
+        The last step has no noise.
 
         Source: Ho et al. 2020 (DDPM, arXiv 2006.11239), algorithm 2 and sec. 3.2.
         """
@@ -163,7 +163,7 @@ class VariationalGenerator(nn.Module):
 
 
 class DirectGenerator(nn.Module):
-    """x = g(noise, z), trained by a distance between drawn and real sets; gradients flow through samples.
+    """x = g(noise, z), trained by a distance between drawn and real sets, through the samples.
 
     Args:
         dim: of a sample.

@@ -82,15 +82,15 @@ SETS_SHOWN = 6
 def populations_figure(
     vectors: Tensor, names: Sequence[str], pairs: Sequence[tuple[Tensor, Tensor]], spec: Any
 ) -> Figure:
-    """A map of populations by the first two principal components of their vectors, and some of the sets,
-    each with what was drawn from its vector.
+    """A map of populations by the first two principal components of their vectors, and some of the
+    sets, each with what was drawn from its vector.
 
     Args:
         vectors: "s l", on the CPU.
         names: of the populations.
         pairs: real and drawn samples "m d", in the data's units.
-        spec: their SetSpec. Images are shown as such, the mean of each set above that of what was drawn;
-            anything else by its first two components, one component as a histogram.
+        spec: their SetSpec. Images are shown as such, real above drawn; anything else by its first two
+            components, one component as a histogram.
     """
     shown = pairs[:SETS_SHOWN]
     figure = Figure(figsize=(4 + 2.2 * ((len(shown) + 1) // 2), 4.4), layout="constrained")

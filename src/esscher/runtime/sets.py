@@ -78,8 +78,8 @@ class SetWorld:
 
     @torch.no_grad()
     def evaluate(self, method: Any, step: int) -> Evaluation:
-        """Embed populations that were held out, draw as many samples of each from its vector, and measure
-        how far these lie from the real ones, always from the same noise.
+        """Embed populations that were held out, draw as many samples of each from its vector, and
+        measure how far these lie from the real ones, always from the same noise.
         """
         populations, seed = self.data.held_out, self.experiment.seed
         count = self.experiment.evaluation.episodes
@@ -209,10 +209,8 @@ def redraw(
     table = read_table(data or str(stage.data), stage.sets)
     spec: SetSpec = loaded.policy.spec
     if (table.shape, table.columns) != (spec.shape, spec.columns):
-        raise UserError(
-            f"{table.name} has samples of {', '.join(table.columns) or table.shape}, and this run learned "
-            f"from {', '.join(spec.columns) or spec.shape}"
-        )
+        theirs, ours = (", ".join(part.columns) or part.shape for part in (table, spec))
+        raise UserError(f"{table.name} has samples of {theirs}, and this run learned from {ours}")
     groups = all_groups(table)
     drawn, names = [], []
     for number, rows in enumerate(groups.rows):

@@ -76,8 +76,8 @@ PAPER = Paper(
     year=2025,
     arxiv="2505.18150",
     purpose="A vector for each population that is known by samples: to compare, interpolate and draw.",
-    claim="Encoders that see a set's empirical measure alone, trained with a conditional generator, give "
-    "vectors whose distances follow Wasserstein distances and which predict new samples.",
+    claim="Encoders that see a set's empirical measure alone, trained with a conditional generator, "
+    "give vectors whose distances follow Wasserstein distances and which predict new samples.",
     sections="sec. 3, proposition 1, tables 1, 2 and 5",
 )
 
@@ -90,8 +90,8 @@ class Config:
     """Settings of generative distribution embeddings; defaults are those of the authors' code."""
 
     encoder: SetEncoderKind = "residual"
-    """residual: the paper's best; mean_pooled, median_pooled, attention, kernel_mean and mean: its others
-    (see nn/set_encoder.py); sum_pooled: a control that is not invariant."""
+    """residual: the paper's best; mean_pooled, median_pooled, attention, kernel_mean and mean: its
+    others (see nn/set_encoder.py); sum_pooled: a control that is not invariant."""
     generator: Literal["ddpm", "cvae", "sliced_w2", "mmd", "sinkhorn"] = "ddpm"
     """ddpm: denoising diffusion; cvae: a variational autoencoder; the others: a network that is trained
     by this distance between drawn and real sets."""
@@ -123,7 +123,8 @@ class Config:
     code: int = 16
     """Components of the noise of all generators but ddpm, >= 1 (this library)."""
     kl_weight: float = 0.1
-    """Of the KL of cvae's codes, >= 0; both it and the error are means over components (this library)."""
+    """Of the KL of cvae's codes, >= 0; both it and the error are means over components (this
+    library)."""
     kl_warmup: int = 0
     """Updates over which that weight grows from 0, in a straight line, >= 0."""
     projections: int = 100
@@ -368,8 +369,8 @@ def proof() -> Proof:
                 statement="Gaussians in the plane: distances of vectors rank as exact Wasserstein-2 "
                 "distances do (Spearman at least 0.93, and 0.05 above a kernel mean embedding with the "
                 "same generator), what is drawn from a vector is within 0.5 of the Gaussian, and with "
-                "sums in place of means, which learn from sets of 64 and are asked about sets of 1,000, "
-                "it is ten times as far.",
+                "sums in place of means, which learn from sets of 64 and are asked about sets of "
+                "1,000, it is ten times as far.",
                 arms={
                     "gde": partial(_gaussian, "residual"),
                     "kernel mean": partial(_gaussian, "kernel_mean"),
@@ -396,15 +397,15 @@ def proof() -> Proof:
                 judge=_judge_digits,
             ),
         ),
-        notes="Whitening is standardising each component, in whose units distances are. Geometry: 60 new "
-        "Gaussians, 1,000 samples of each embedded and 500 drawn. The share of zeros, the Rao-Blackwell "
-        "estimator and the posterior mean are computed on the same 2,000 sets of ten as the method, and "
-        "the variance of counting 400 draws is taken off its error. The paper's own loss (arm same) "
-        "explains the samples that the vector is made of: its optimum is the expected empirical measure "
-        "given z, which is the Rao-Blackwell estimator where z is the sum and the share of zeros where "
-        "z tells everything. So it cannot be better than Rao-Blackwell but for what z and G leave out, "
-        "and it is only when other samples are to be explained (arm others) that the optimum is the "
-        "posterior mean. Both are judged by the sheet's rule.",
+        notes="Whitening is standardising each component, in whose units distances are. Geometry: 60 "
+        "new Gaussians, 1,000 samples of each embedded and 500 drawn. The share of zeros, the "
+        "Rao-Blackwell estimator and the posterior mean are computed on the same 2,000 sets of ten as "
+        "the method, and the variance of counting 400 draws is taken off its error. The paper's own "
+        "loss (arm same) explains the samples that the vector is made of: its optimum is the expected "
+        "empirical measure given z, which is the Rao-Blackwell estimator where z is the sum and the "
+        "share of zeros where z tells everything. So it cannot be better than Rao-Blackwell but for "
+        "what z and G leave out, and it is only when other samples are to be explained (arm others) "
+        "that the optimum is the posterior mean. Both are judged by the sheet's rule.",
     )
 
 
