@@ -328,7 +328,8 @@ def _groups(
     training, held_out = _divided(groups.count, config, generator, f"{table.name}: populations")
 
     def part(numbers: Array) -> Groups:
-        return Groups([groups.names[n] for n in numbers], [groups.rows[n] for n in numbers])
+        own = [int(number) for number in numbers]
+        return Groups([groups.names[n] for n in own], [groups.rows[n] for n in own])
 
     return part(training), part(held_out), np.concatenate([groups.rows[n] for n in training])
 

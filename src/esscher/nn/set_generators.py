@@ -1,7 +1,7 @@
 """Conditional generators: from a vector z that stands for a distribution to samples of it.
 
-Each has `terms`, the loss of every set given its vector (of the variational one `parts`), and `draw`: as
-many samples of each vector as there is noise for. Samples are vectors of about unit scale.
+Each has `terms`, the loss of every set given its vector (of the variational one `parts`), and `draw`:
+as many samples of each vector as there is noise for. Samples are vectors of about unit scale.
 
 | kind | sample | loss of a set |
 |---|---|---|
