@@ -46,7 +46,7 @@ class Table:
     """Of one sample."""
     columns: tuple[str, ...]
     """Names of the components, or none."""
-    group: Array | None
+    group: Array
     """Of each sample: its population, as text."""
     label: Array | None
     """Of each sample, as it was given."""
@@ -66,6 +66,11 @@ def read_table(source: str, config: SetConfig) -> Table:
         found = {str(name): found[name].to_numpy() for name in found.columns}
     theirs = {config.columns.get(name, name) for name in ("set_id", "label")}
     if isinstance(found, Mapping) and not theirs & set(found):
+        if any(np.ndim(one) < 2 for one in found.values()):
+            raise UserError(
+                f"{source} has no column set_id or label that says to which population a row belongs "
+                f"(it has {', '.join(map(str, found))}): name it with --sets.columns set_id NAME"
+            )
         return _of_sets(source, list(map(str, found)), list(found.values()))
     if isinstance(found, Mapping):
         return _of_columns(source, found, config)
@@ -236,6 +241,8 @@ def _of_columns(source: str, found: Mapping[str, Any], config: SetConfig) -> Tab
     lengths = {name: len(column) for name, column in found.items()}
     if len(set(lengths.values())) > 1:
         raise UserError(f"{source}: columns of different lengths: {lengths}")
+    if not next(iter(lengths.values())):
+        raise UserError(f"{source} holds no rows")
     whole = next((name for name in ("sample", "image") if theirs[name] in found), None)
     if whole is not None and not config.features:
         x = _stacked(source, theirs[whole], found[theirs[whole]])
@@ -254,17 +261,15 @@ def _of_columns(source: str, found: Mapping[str, Any], config: SetConfig) -> Tab
         x = np.stack([_numeric(source, name, found[name]) for name in columns], 1)
         shape = (len(columns),)
     x = x.reshape(len(x), -1)
-    if not len(x):
-        raise UserError(f"{source} holds no rows")
     _check_finite(x, source, columns)
     label = np.asarray(found[theirs["label"]]) if theirs["label"] in found else None
-    group = np.asarray(found[theirs["set_id"]]) if theirs["set_id"] in found else label
+    group = found.get(theirs["set_id"], label)
     return Table(
         name=Path(source).name,
         x=x.astype(np.float32),
         shape=tuple(shape),
         columns=tuple(columns),
-        group=None if group is None else _as_text(group),
+        group=_as_text(np.asarray(group)),
         label=label,
     )
 
@@ -402,13 +407,8 @@ def all_groups(table: Table) -> Groups:
     """The populations of a table by what it says of each row.
 
     Raises:
-        UserError: it says nothing, or there is a population of one sample.
+        UserError: there is a population of one sample.
     """
-    if table.group is None:
-        raise UserError(
-            f"{table.name} has no column set_id or label that says to which population a row belongs: "
-            "name it with --sets.columns set_id NAME"
-        )
     names: Array
     names, inverse, counts = np.unique(table.group, return_inverse=True, return_counts=True)
     if counts.min() < 2:

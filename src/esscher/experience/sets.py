@@ -95,7 +95,8 @@ class Mixtures:
         return None
 
     def name(self, number: int) -> str:
-        shares = zip(*self.recipe(number), strict=True)
+        chosen, share = self.recipe(number)
+        shares = zip(chosen.tolist(), share, strict=True)
         return " + ".join(f"{share:.2f} {self.groups.name(source)}" for source, share in shares)
 
     def recipe(self, number: int) -> tuple[Rows, NDArray[np.float64]]:

@@ -57,12 +57,8 @@ class SetWorld:
             )
         table = read_table(self.stage.data, self.stage.sets)
         self.data, self.spec = set_data(table, self.stage.sets, experiment.seed)
-        self.digest = hashlib.sha256(table.x.tobytes()).hexdigest()
-        for told in (table.group, table.label):
-            if told is not None:
-                self.digest = hashlib.sha256(
-                    (self.digest + repr(told.tolist())).encode()
-                ).hexdigest()
+        told = [table.group.tolist(), None if table.label is None else table.label.tolist()]
+        self.digest = hashlib.sha256(table.x.tobytes() + repr(told).encode()).hexdigest()
         self._shown: tuple[Tensor, Sets, Tensor] | None = None
 
     def experience(self, method: Any) -> Any:
