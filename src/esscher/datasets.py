@@ -239,7 +239,7 @@ def tumours() -> Columns:
     the radius itself is the column `label`. What follows from the radius, perimeter and area, is left
     out.
     """
-    sklearn: Any = needed("sklearn.datasets", "esscher.datasets:tumours", "diffusion")
+    sklearn: Any = needed("sklearn.datasets", "esscher.datasets:tumours", "applied")
     found = sklearn.load_breast_cancer()
     radius = found.data[:, 0]
     rank = radius.argsort(kind="stable").argsort(kind="stable")

@@ -178,8 +178,22 @@ def test_draws_are_by_seed_and_not_by_their_neighbours(ddpm):
 def test_draws_in_parts_are_those_at_once(ddpm, monkeypatch):
     z = ddpm.embed(sets(5, 20).x)
     whole = ddpm.draw(z, 6, range(5))
-    monkeypatch.setattr("esscher.methods.applied.gde.DRAWN_AT_ONCE", 13)
+    monkeypatch.setattr("esscher.methods.applied.gde.AT_ONCE", 13)
     torch.testing.assert_close(ddpm.draw(z, 6, range(5)), whole)
+
+
+def test_a_large_set_is_embedded_in_parts_where_that_is_exact(monkeypatch):
+    x = sets(3, 50).x
+    for encoder in ("kernel_mean", "residual"):
+        method = gde(encoder=encoder)
+        whole, sizes = method.embed(x), []
+        method.encoder.body.register_forward_hook(
+            lambda _, told, __, sizes=sizes: sizes.append(told[0].shape[1])
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr("esscher.methods.applied.gde.AT_ONCE", 20)
+            assert (method.embed(x) - whole).abs().max() < 1e-5
+        assert sizes == ([20, 20, 10] * 3 if encoder == "kernel_mean" else [50])
 
 
 def test_a_trained_model_draws_the_set_that_it_saw(ddpm):

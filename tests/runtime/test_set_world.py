@@ -73,6 +73,15 @@ def test_a_shift_is_as_far_as_it_is() -> None:
     assert near.mean == pytest.approx(0, abs=1e-3)
 
 
+def test_wide_samples_are_compared_along_principal_axes(monkeypatch: Any) -> None:
+    """Along the first axis, on which populations differ, a shift by 3 in each is 3 long."""
+    POPULATIONS[:] = [one * np.array([1.0, 0.01]) for one in populations()]
+    monkeypatch.setattr("esscher.runtime.sets.WIDE", 1)
+    found = world_of().evaluate(Shifted(3.0), 0)
+    assert found.returns == pytest.approx([-3] * 5, rel=1e-2)
+    assert found.extras["sliced_w2_mean"] == pytest.approx(3, rel=1e-2)
+
+
 def test_vectors_that_are_all_the_same_rank_nothing() -> None:
     POPULATIONS[:] = populations()
 

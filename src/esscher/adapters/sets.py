@@ -172,7 +172,7 @@ def _read(source: str, config: SetConfig) -> Any:
     if path.is_file() and path.suffix == ".csv":
         return _read_csv(path)
     if path.is_file() and path.suffix == ".parquet":
-        parquet: Any = needed("pyarrow.parquet", source, "language")
+        parquet: Any = needed("pyarrow.parquet", source, "applied")
         table = parquet.read_table(path)
         return {name: _of_arrow(table[name]) for name in table.column_names}
     if path.is_dir() and (files := _images(path)):
@@ -216,7 +216,7 @@ def _images(path: Path) -> list[Path]:
 
 def _read_images(source: str, path: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Files of a folder, as large as the first of them."""
-    images: Any = needed("PIL.Image", source, "diffusion")
+    images: Any = needed("PIL.Image", source, "applied")
     with images.open(files[0]) as first:
         channels = 1 if first.mode in ("1", "L", "I", "I;16") else 3
         shape = (channels, first.height, first.width)

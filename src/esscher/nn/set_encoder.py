@@ -2,8 +2,9 @@
 
 An encoder that stands for the distribution behind a set may depend on it through the empirical measure
 alone: neither the order of the samples changes the vector, nor repeating each of them k times. Means,
-medians and softmax attention over the set have this property, sums and maxima do not. A mask says which
-samples of a padded set are there; means divide by their number.
+medians and softmax attention over the set have this property, sums do not; maxima have it, but are not
+smooth enough for the limit of large sets. A mask says which samples of a padded set are there; means
+divide by their number.
 
 | kind | before pooling | pools |
 |---|---|---|

@@ -29,6 +29,10 @@ from esscher.types import Sets, SetSpec
 
 JUDGED = 1_000
 """Most samples of a population that it is judged by, and drawn of it."""
+WIDE = 256
+"""Components above which distances are taken in so many principal ones of the real samples: a
+covariance of more cannot be told from the samples that judge.
+"""
 DIRECTIONS = 100
 """Of the sliced distance."""
 EMBEDDED = 10_000
@@ -86,11 +90,17 @@ class SetWorld:
         seed_phase(seed, 0, Phase.EVALUATE)
         vectors = _embedded(method, sets)
         drawn = method.draw(vectors, sets.x.shape[1], seeds).cpu()
-        directions = random_directions(DIRECTIONS, sets.x[0])
+        self._shown = vectors, sets, drawn
+        x = sets.x
+        if self.spec.dim > WIDE:
+            every = x.flatten(0, 1)
+            axes = torch.pca_lowrank(every, min(WIDE, len(every)))[2]
+            x, drawn = x @ axes, drawn @ axes
+        directions = random_directions(DIRECTIONS, x[0])
         mask = torch.ones(sets.x.shape[:2], dtype=torch.bool) if sets.mask is None else sets.mask
-        sliced = sliced_w2_terms(drawn, sets.x, directions, mask).sqrt()
-        real = [moments(x[m]) for x, m in zip(sets.x, mask, strict=True)]
-        made = [moments(x[m]) for x, m in zip(drawn, mask, strict=True)]
+        sliced = sliced_w2_terms(drawn, x, directions, mask).sqrt()
+        real = [moments(one[there]) for one, there in zip(x, mask, strict=True)]
+        made = [moments(one[there]) for one, there in zip(drawn, mask, strict=True)]
         real, made = (
             tuple(torch.stack(part) for part in zip(*of, strict=True)) for of in (real, made)
         )
@@ -98,7 +108,6 @@ class SetWorld:
         extras = {"sliced_w2_mean": float(sliced.mean())}
         if count > 2:
             extras["latent_rank_correlation"] = _rank_correlation(vectors, *real)
-        self._shown = vectors, sets, drawn
         lengths = mask.sum(-1).tolist()
         measure = "negative Wasserstein-2 distance"
         return Evaluation((-distance).tolist(), lengths, measure, extras)
@@ -143,7 +152,7 @@ class SetWorld:
         assert not state
 
     def finish(self, method: Any, folder: Path) -> None:
-        """List every population with its vector in embeddings.csv."""
+        """List every population with its vector in embeddings.csv, by JUDGED samples at most."""
         learned, judged = self.data.training, self.data.held_out
         parts = [(judged, True)] if learned is judged else [(learned, False), (judged, True)]
         with (folder / "embeddings.csv").open("w", encoding="utf-8", newline="") as file:

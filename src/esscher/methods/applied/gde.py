@@ -81,8 +81,8 @@ PAPER = Paper(
     sections="sec. 3, proposition 1, tables 1, 2 and 5",
 )
 
-DRAWN_AT_ONCE = 65_536
-"""Samples: the activations of so many are held in memory."""
+AT_ONCE = 65_536
+"""Samples whose activations are held in memory: drawn, or embedded where parts of a set can be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,9 +236,11 @@ class GDE(Method):
     def embed(
         self, x: Float[Tensor, "b m d"], mask: Bool[Tensor, "b m"] | None = None
     ) -> Float[Tensor, "b l"]:
-        """The vectors of sets, standardised."""
-        device = self.runtime.device
-        return self.encoder(x.to(device), None if mask is None else mask.to(device))
+        """The vectors of sets, standardised; of large ones in parts, where that is the same."""
+        x = x.to(self.runtime.device)
+        if mask is None and self.encoder.pools_once and x.shape[1] > AT_ONCE:
+            return torch.stack([self.encoder.in_chunks(one, AT_ONCE) for one in x])
+        return self.encoder(x, None if mask is None else mask.to(x.device))
 
     @torch.no_grad()
     def draw(
@@ -248,7 +250,7 @@ class GDE(Method):
         own seed alone.
         """
         shape = self.generator.noise_shape(count)
-        size = max(1, DRAWN_AT_ONCE // count)
+        size = max(1, AT_ONCE // count)
         drawn = []
         for start in range(0, len(z), size):
             part = z[start : start + size].to(self.runtime.device)
