@@ -100,6 +100,8 @@ def test_mixtures_have_dirichlet_weights_and_keep_them():
     rows = source.draw(7, 20_000, np.random.default_rng(0))
     found = [np.mean(rows // 50 == group) for group in again]
     np.testing.assert_allclose(found, same, atol=0.02)
+    first = [np.mean(rows[:10_000] // 50 == group) for group in again]
+    np.testing.assert_allclose(first, same, atol=0.02)  # In random order.
     other = Mixtures(source.groups, 3, 1.0, seed=5).recipe(7)
     assert not np.array_equal(other[1], same)
     narrow = Mixtures(source.groups, 3, 50.0, seed=4)

@@ -112,7 +112,7 @@ class Mixtures:
             generator.choice(self.groups.rows[source], count)
             for source, count in zip(chosen, counts, strict=True)
         ]
-        return np.concatenate(parts)
+        return generator.permutation(np.concatenate(parts))
 
 
 Populations = Groups | Kernels | Mixtures
