@@ -232,3 +232,49 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
 def test_bad_settings_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"sets.{name} must be"):
         SetConfig(**{name: value})
+
+
+# ---- the data sets that are here
+
+
+def test_gaussians_poisson_laws_and_digits_are_what_they_say() -> None:
+    from esscher.datasets import gaussian_populations, poisson_populations, three_digits
+
+    found = gaussian_populations()
+    x = found["sample"].reshape(4_000, 128, 2)
+    assert (np.diff(found["set_id"]) >= 0).all() and found["set_id"][128] == 1
+    means = x.mean(1)
+    assert means.min() > -1.5 and means.max() < 6.5
+    assert means.mean() == pytest.approx(2.5, abs=0.05)
+    # E[A A^T + 0.1 I] has 2 x 0.36 + 0.1 on its diagonal.
+    spread = (x - means[:, None]) ** 2
+    assert spread.sum(1).mean() / 127 == pytest.approx(0.82, abs=0.02)
+    counts = poisson_populations()["count"].reshape(20_000, 40)
+    rate = counts.mean(1)
+    assert rate.mean() == pytest.approx(2, abs=0.02)
+    assert rate.var() == pytest.approx(1 + 2 / 40, abs=0.03)
+    assert np.mean(counts == 0) == pytest.approx((2 / 3) ** 4, abs=0.005)
+    digits = three_digits()
+    assert digits["image"].shape == (537, 8, 8) and set(digits["set_id"]) == {0, 1, 2}
+
+
+def test_tumours_are_classes_of_equal_size_by_radius() -> None:
+    from esscher.datasets import tumours
+
+    found = tumours()
+    names, counts = np.unique(found["set_id"], return_counts=True)
+    assert len(names) == 24 and set(counts) == {23, 24}
+    largest = [found["label"][found["set_id"] == name].max() for name in names]
+    smallest = [found["label"][found["set_id"] == name].min() for name in names]
+    assert all(a <= b for a, b in zip(largest[:-1], smallest[1:], strict=True))
+    assert set(found) == {
+        "texture",
+        "smoothness",
+        "compactness",
+        "concavity",
+        "concave_points",
+        "symmetry",
+        "fractal_dimension",
+        "set_id",
+        "label",
+    }
