@@ -69,6 +69,16 @@ class Embedder:
                 vectors |= dict(zip(part, self.method.embed(x).cpu(), strict=True))
         return torch.stack([vectors[place] for place in range(len(arrays))])
 
+    def classify(self, sets: Sequence[ArrayLike] | ArrayLike) -> Float[Tensor, "b c"]:
+        """Probabilities of the classes `spec.classes` of each set's population.
+
+        Raises:
+            UserError: the run learned no classes, or as `embed` does.
+        """
+        if not self.method.cfg.class_weight:
+            raise UserError("this run learned no classes: train it with --method.class-weight 1")
+        return self.method.classify(self.embed(sets)).exp().cpu()
+
     def sample(
         self, z: Float[Tensor, "b l"], count: int, *, seed: int = 0
     ) -> Float[Tensor, "b n *s"]:

@@ -264,6 +264,8 @@ class Sets(Record):
     """Which samples are there; None: all."""
     number: Int[Tensor, "b"]
     """Which population of the data each one is."""
+    label: Int[Tensor, "b"] | None = None
+    """Class of each population, -1 where it is not known; None: there are no classes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,6 +280,8 @@ class SetSpec:
     """Likewise; 1 where a component never changes."""
     columns: tuple[str, ...] = ()
     """Names of the components, where the data have them."""
+    classes: tuple[str, ...] = ()
+    """Of populations, where the data have labels of them."""
     num_agents: int = 1
 
     @property

@@ -154,6 +154,24 @@ def test_of_mixtures_rows_are_held_out_and_of_neighbourhoods_label_values() -> N
     assert len(data.training.rows) == 30 and len(data.held_out.rows) == 40  # type: ignore[union-attr]
 
 
+def test_a_label_of_whole_populations_is_their_class() -> None:
+    columns = {"a": np.arange(12.0), "set_id": np.arange(12) // 2}
+    each = ["ill", "well", "ill", "", "well", "ill"]
+    labelled = {**columns, "label": np.repeat(each, 2)}
+    data, spec = set_data(table_of(labelled), SetConfig(held_out_share=0.3), 0)
+    assert spec.classes == ("ill", "well")
+    for source in (data.training, data.held_out):
+        told = dict(zip(source.names, source.labels, strict=True))  # type: ignore[union-attr]
+        assert told == {n: {"ill": 0, "well": 1, "": -1}[each[int(n)]] for n in told}
+        sets = data.sets(source, [0], 2, np.random.default_rng(0))
+        assert sets.label is not None and sets.label.tolist() == [source.labels[0]]  # type: ignore[union-attr]
+    varying = {**columns, "label": np.arange(12)}
+    for other in (columns, varying, {"a": np.arange(12.0), "label": np.arange(12) // 2}):
+        data, spec = set_data(table_of(other), SetConfig(), 0)
+        assert spec.classes == () and not data.training.labels  # type: ignore[union-attr]
+        assert data.sets(data.training, [0], 2, np.random.default_rng(0)).label is None
+
+
 # ---- what is refused, in one sentence each
 
 

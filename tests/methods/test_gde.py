@@ -121,7 +121,8 @@ def test_kl_weight_and_its_warmup():
     loss, told = method.loss(x, None, 0.5)
     assert loss.item() == pytest.approx((told["error"] + 0.5 * told["kl"]).item())
     weights = []
-    method._loss = lambda x, mask, weight: (weights.append(weight), method.loss(x, mask, weight))[1]
+    loss_of = method.loss
+    method._loss = lambda x, mask, weight, _: (weights.append(weight), loss_of(x, mask, weight))[1]
     for step in range(6):
         method.update(sets(4, 8), step)
     assert weights == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
@@ -163,6 +164,51 @@ def test_other_samples_are_explained_than_those_that_were_seen():
     for explained, size in (("same", 8), ("others", 16)):
         (batch,) = gde(explained=explained, batch_size=2).experience(data).batches(1)
         assert batch.x.shape[1] == size, "as many are seen in both"
+
+
+# ---- classes
+
+
+CLASSES = replace(SPEC, classes=("left", "right"))
+
+
+def labelled(count, seed, unknown=0):
+    """Whether a set's mean lies to the right; of the first ones that is not told."""
+    batch = sets(count, 40, seed=seed)
+    label = (batch.x[..., 0].mean(1) > 0).long()
+    label[:unknown] = -1
+    return replace(batch, label=label)
+
+
+def test_the_loss_of_classes_by_hand_and_without_what_is_not_known():
+    method = gde(CLASSES, class_weight=2.0, generator="mmd", code=2)
+    batch = labelled(5, 0, unknown=2)
+    with torch.no_grad():
+        method.classifier.weight.zero_()
+        method.classifier.bias.copy_(torch.tensor([math.log(3.0), 0.0]))
+    seed_phase(0, 0, Phase.UPDATE)
+    loss, told = method.loss(batch.x, None, 0.0, batch.label)
+    seed_phase(0, 0, Phase.UPDATE)
+    without, _ = method.loss(batch.x, None, 0.0)
+    chances = [(0.75, 0.25)[c] for c in batch.label[2:].tolist()]
+    expected = -sum(map(math.log, chances)) / 3
+    assert told["class_loss"].item() == pytest.approx(expected)
+    assert loss.item() == pytest.approx(without.item() + 2 * expected, rel=1e-5)
+    unknown = torch.full((5,), -1)
+    assert method.loss(batch.x, None, 0.0, unknown)[1]["class_loss"].item() == 0
+
+
+def test_classes_are_learned_from_the_sets_whose_class_is_known():
+    method = gde(CLASSES, class_weight=1.0, generator="cvae", code=2, learning_rate=3e-3)
+    for step in range(150):
+        seed_phase(0, step, Phase.UPDATE)
+        method.update(labelled(16, step, unknown=8), step)
+    batch = labelled(200, 10_005)
+    found = method.classify(method.embed(batch.x))
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(200))
+    assert (found.argmax(-1) == batch.label).float().mean() > 0.9
+    with pytest.raises(UserError, match="class_weight needs two classes or more"):
+        gde(class_weight=1.0)
 
 
 # ---- draws

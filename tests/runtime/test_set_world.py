@@ -48,6 +48,8 @@ def world_of(share: float = 0.5, standardise: bool = False, **sets: Any) -> SetW
 class Shifted:
     """Embeds a set by its mean, and draws what it saw, moved."""
 
+    cfg = SimpleNamespace(class_weight=0.0)
+
     def __init__(self, shift: float):
         self.shift, self.seen = shift, torch.zeros(0)
 
@@ -161,6 +163,31 @@ def test_mixtures_and_neighbourhoods_run_and_resume(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     names = [line.split(",")[0] for line in (tmp_path / "run" / "embeddings.csv").open()][1:]
     assert names and all("+" in name for name in names) is bool(sets.mixed)
+
+
+def labelled() -> dict[str, Any]:
+    """Tumours, small and large ones by class."""
+    from esscher.datasets import tumours
+
+    found = tumours()
+    return {**found, "label": np.where(found["set_id"] < 12, "small", "large")}
+
+
+def test_classes_are_judged_and_told(tmp_path: Path) -> None:
+    whole = smoke("gde")
+    stage = replace(whole.stages[-1], data=f"{__name__}:labelled", steps=30)
+    method = replace(whole.method, class_weight=1.0, learning_rate=0.01)
+    train(replace(whole, method=method, stages=(stage,)), tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 0 <= result["class_accuracy"] <= 1
+    policy = esscher.load(tmp_path / "run").policy
+    assert policy.spec.classes == ("large", "small")
+    sets = np.zeros((2, 5, 7)) + np.arange(5)[:, None]
+    chances = policy.classify(sets)
+    torch.testing.assert_close(chances.sum(-1), torch.ones(2))
+    train(smoke("gde"), tmp_path / "other")
+    with pytest.raises(UserError, match="learned no classes"):
+        esscher.load(tmp_path / "other").policy.classify(sets)
 
 
 # ---- what a user gets

@@ -8,13 +8,14 @@
 | FOLDER of images | each file; folders in it are the populations |
 | module:function | columns, a data frame, a mapping of names to arrays (m d), or a list of arrays |
 
-Without a column `set_id` the column `label` says to which population a row belongs. AnnData go through
-a function that returns {"sample": adata.X, "set_id": adata.obs["donor"]}.
+Without a column `set_id` the column `label` says to which population a row belongs; beside it, a label
+that is the same for all rows of a population is its class. AnnData go through a function that returns
+{"sample": adata.X, "set_id": adata.obs["donor"]}.
 """
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from esscher.types import SetSpec
 
 Array = NDArray[Any]
 OWN = ("set_id", "label", "sample", "image")
+UNKNOWN = {"", "nan", "None"}
+"""Labels that say nothing, as text."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Table:
     """Of each sample: its population, as text."""
     label: Array | None
     """Of each sample, as it was given."""
+    labelled: bool = False
+    """Whether label says something beside group."""
 
 
 def read_table(source: str, config: SetConfig) -> Table:
@@ -110,6 +115,7 @@ def set_data(table: Table, config: SetConfig, seed: int) -> tuple[SetData, SetSp
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
         columns=table.columns,
+        classes=_classes(table, all_groups(table))[0] if divide is _groups else (),
     )
     x = spec.standardised(torch.from_numpy(table.x))
     data = SetData(
@@ -271,6 +277,7 @@ def _of_columns(source: str, found: Mapping[str, Any], config: SetConfig) -> Tab
         columns=tuple(columns),
         group=_as_text(np.asarray(group)),
         label=label,
+        labelled=theirs["set_id"] in found and label is not None,
     )
 
 
@@ -334,7 +341,8 @@ def _groups(
 
     def part(numbers: Array) -> Groups:
         own = [int(number) for number in numbers]
-        return Groups([groups.names[n] for n in own], [groups.rows[n] for n in own])
+        labels = [groups.labels[n] for n in own] if groups.labels else []
+        return Groups([groups.names[n] for n in own], [groups.rows[n] for n in own], labels)
 
     return part(training), part(held_out), np.concatenate([groups.rows[n] for n in training])
 
@@ -418,4 +426,21 @@ def all_groups(table: Table) -> Groups:
             "leave it out, or give two or more"
         )
     rows = np.split(np.argsort(inverse, kind="stable"), counts.cumsum()[:-1])
-    return Groups(names.astype(str).tolist(), rows)
+    groups = Groups(names.astype(str).tolist(), rows)
+    return replace(groups, labels=_classes(table, groups)[1])
+
+
+def _classes(table: Table, groups: Groups) -> tuple[tuple[str, ...], list[int]]:
+    """Names of the classes of populations, and which one each is of: where a column label is there
+    beside set_id, and is the same for all rows of a population. An empty text is a class that is not
+    known.
+    """
+    if table.label is None or not table.labelled:
+        return (), []
+    label = _as_text(table.label)
+    own = [set(label[rows].tolist()) for rows in groups.rows]
+    if any(len(values) > 1 for values in own):
+        return (), []
+    each = [next(iter(values)) for values in own]
+    names = tuple(sorted(set(each) - UNKNOWN))
+    return names, [names.index(name) if name in names else -1 for name in each]

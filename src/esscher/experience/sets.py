@@ -37,6 +37,8 @@ class Groups:
     names: Sequence[str]
     rows: Sequence[Rows]
     """Of each, two or more."""
+    labels: Sequence[int] = ()
+    """Class of each, -1 where it is not known; empty: there are no classes."""
 
     @property
     def count(self) -> int:
@@ -153,7 +155,10 @@ class SetData:
         if min(lengths) < longest:
             mask = torch.arange(longest) < torch.tensor(lengths).unsqueeze(-1)
             x = torch.where(mask.unsqueeze(-1), x, 0)
-        return Sets(x=x, mask=mask, number=torch.tensor(list(numbers)))
+        label = None
+        if isinstance(populations, Groups) and populations.labels:
+            label = torch.tensor([populations.labels[number] for number in numbers])
+        return Sets(x=x, mask=mask, number=torch.tensor(list(numbers)), label=label)
 
 
 class SetBatches:

@@ -108,6 +108,10 @@ class SetWorld:
         extras = {"sliced_w2_mean": float(sliced.mean())}
         if count > 2:
             extras["latent_rank_correlation"] = _rank_correlation(vectors, *real)
+        if sets.label is not None and method.cfg.class_weight and (sets.label >= 0).any():
+            known = sets.label >= 0
+            found = method.classify(vectors).cpu().argmax(-1)
+            extras["class_accuracy"] = float((found == sets.label)[known].float().mean())
         lengths = mask.sum(-1).tolist()
         measure = "negative Wasserstein-2 distance"
         return Evaluation((-distance).tolist(), lengths, measure, extras)
@@ -180,8 +184,9 @@ class SetWorld:
 
 def spec_of(described: Mapping[str, Any]) -> SetSpec:
     """The specification that a checkpoint describes."""
-    shape, mean, std, columns = (tuple(described[n]) for n in ("shape", "mean", "std", "columns"))
-    return SetSpec(shape=shape, mean=mean, std=std, columns=columns)
+    told = [tuple(described[n]) for n in ("shape", "mean", "std", "columns", "classes")]
+    shape, mean, std, columns, classes = told
+    return SetSpec(shape=shape, mean=mean, std=std, columns=columns, classes=classes)
 
 
 def redraw(

@@ -31,7 +31,7 @@ distances are in those units. Each set counts as much as any other, whatever its
 `explained` others, z is made of one half of a set's samples and G is trained on the other half: the
 optimum is then the predictive distribution of new samples given the set, where the paper's own loss has
 its optimum, of all that z can tell, in the empirical measure of the set itself. Left out: the Wormhole
-baseline, autoregressive generators, and a loss of labels on z.
+baseline and autoregressive generators.
 """
 
 import math
@@ -42,11 +42,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from esscher.errors import require
+from esscher.errors import UserError, require
 from esscher.experience.sets import Mixtures, SetBatches, SetData
 from esscher.experiment import (
     CheckpointConfig,
@@ -125,6 +125,9 @@ class Config:
     kl_weight: float = 0.1
     """Of the KL of cvae's codes, >= 0; both it and the error are means over components (this
     library)."""
+    class_weight: float = 0.0
+    """Of the cross-entropy of a population's class, read off z by a linear layer, >= 0; populations
+    whose class is not known do not count in it. 0: none (1 for the paper's semi-supervised form)."""
     kl_warmup: int = 0
     """Updates over which that weight grows from 0, in a straight line, >= 0."""
     projections: int = 100
@@ -157,7 +160,7 @@ class Config:
             require(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
         for name in ("bandwidth", "epsilon", "learning_rate"):
             require(name, getattr(self, name), getattr(self, name) > 0, "> 0")
-        for name in ("kl_weight", "kl_warmup", "cosine_updates"):
+        for name in ("kl_weight", "kl_warmup", "class_weight", "cosine_updates"):
             require(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
         require("noise_steps", self.noise_steps, self.noise_steps >= 2, ">= 2")
         end = self.beta_end
@@ -193,12 +196,22 @@ class GDE(Method):
         )
         self.encoder = encoder.to(runtime.device)
         self.generator = _generator(cfg, spec.dim).to(runtime.device)
+        if cfg.class_weight:
+            if len(spec.classes) < 2:
+                raise UserError(
+                    "class_weight needs two classes or more: a column label beside set_id that is the "
+                    "same for all rows of a population"
+                )
+            self.classifier = nn.Linear(cfg.latent, len(spec.classes)).to(runtime.device)
         self.opt = Optim(self.policy.parameters(), cfg.learning_rate)
         self._loss = runtime.autocast(self.loss)
 
     @property
     def policy(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"encoder": self.encoder, "generator": self.generator})
+        parts = {"encoder": self.encoder, "generator": self.generator}
+        if self.cfg.class_weight:
+            parts["classifier"] = self.classifier
+        return nn.ModuleDict(parts)
 
     def experience(self, data: SetData) -> SetBatches:
         times = 1 if self.cfg.explained == "same" else 2
@@ -210,14 +223,20 @@ class GDE(Method):
             done = min(step / cfg.cosine_updates, 1.0)
             self.opt.learning_rate = cfg.learning_rate * (1 + math.cos(math.pi * done)) / 2
         kl_weight = cfg.kl_weight * min(1.0, (step + 1) / max(cfg.kl_warmup, 1))
-        loss, told = self._loss(batch.x, batch.mask, kl_weight)
+        loss, told = self._loss(batch.x, batch.mask, kl_weight, batch.label)
         self.opt.minimize(loss)
         return {"loss": loss.detach()} | told
 
     def loss(
-        self, x: Float[Tensor, "b m d"], mask: Bool[Tensor, "b m"] | None, kl_weight: float
+        self,
+        x: Float[Tensor, "b m d"],
+        mask: Bool[Tensor, "b m"] | None,
+        kl_weight: float,
+        label: Int[Tensor, "b"] | None = None,
     ) -> tuple[Float[Tensor, ""], Metrics]:
-        """The generator's loss of each set given its own vector, and what else there is to say."""
+        """The generator's loss of each set given its own vector, with that of the sets' classes where
+        these count; and what else there is to say.
+        """
         seen, seen_mask, asked, asked_mask = x, mask, x, mask
         if self.cfg.explained == "others":
             # Sets come in random order, and those that are shorter are filled up at the end.
@@ -229,8 +248,17 @@ class GDE(Method):
         if isinstance(self.generator, VariationalGenerator):
             error, kl = self.generator.parts(asked, z, asked_mask)
             told |= {"error": error.detach().mean(), "kl": kl.detach().mean()}
-            return (error + kl_weight * kl).mean(), told
-        return self.generator.terms(asked, z, asked_mask).mean(), told
+            loss = (error + kl_weight * kl).mean()
+        else:
+            loss = self.generator.terms(asked, z, asked_mask).mean()
+        if self.cfg.class_weight and label is not None:
+            terms = nn.functional.cross_entropy(
+                self.classifier(z), label, ignore_index=-1, reduction="none"
+            )
+            class_loss = terms.sum() / (label >= 0).sum().clamp(min=1)
+            told["class_loss"] = class_loss.detach()
+            loss = loss + self.cfg.class_weight * class_loss
+        return loss, told
 
     @torch.no_grad()
     def embed(
@@ -241,6 +269,11 @@ class GDE(Method):
         if mask is None and self.encoder.pools_once and x.shape[1] > AT_ONCE:
             return torch.stack([self.encoder.in_chunks(one, AT_ONCE) for one in x])
         return self.encoder(x, None if mask is None else mask.to(x.device))
+
+    @torch.no_grad()
+    def classify(self, z: Float[Tensor, "b l"]) -> Float[Tensor, "b c"]:
+        """Log-probabilities of the classes."""
+        return self.classifier(z.to(self.runtime.device)).log_softmax(-1)
 
     @torch.no_grad()
     def draw(
