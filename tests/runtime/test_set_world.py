@@ -22,6 +22,8 @@ from esscher.types import SetSpec
 from support import RUNTIME, smoke, train
 
 POPULATIONS: list[Any] = []
+LAST = EvaluationConfig(every=0, episodes=3)
+"""Only once, since a picture takes longer than so small a run."""
 
 
 def given() -> list[Any]:
@@ -110,7 +112,7 @@ def test_data_that_have_changed_are_noticed(tmp_path: Path) -> None:
     POPULATIONS[:] = populations()
     whole = smoke("gde")
     stage = replace(whole.stages[-1], data=f"{__name__}:given")
-    train(replace(whole, stages=(stage,)), tmp_path / "run")
+    train(replace(whole, stages=(stage,), evaluation=LAST), tmp_path / "run")
     assert esscher.load(tmp_path / "run").policy.embed([np.zeros((3, 2))]).shape == (1, 4)
     POPULATIONS[3] = POPULATIONS[3] + 1e-3
     (tmp_path / "run" / "result.json").unlink()
@@ -156,9 +158,15 @@ def test_mixtures_and_neighbourhoods_run_and_resume(
     from support import assert_same_run, train_until
 
     whole = smoke("gde")
-    whole = replace(whole, stages=(replace(whole.stages[-1], sets=replace(sets, size=10)),))
+    stage = replace(whole.stages[-1], sets=replace(sets, size=10), steps=8)
+    whole = replace(
+        whole,
+        stages=(stage,),
+        evaluation=LAST,
+        checkpoint=esscher.CheckpointConfig(every=4),
+    )
     train(whole, tmp_path / "whole")
-    train_until(whole, tmp_path / "run", 10, monkeypatch)
+    train_until(whole, tmp_path / "run", 4, monkeypatch)
     esscher.resume(tmp_path / "run", display=False)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     names = [line.split(",")[0] for line in (tmp_path / "run" / "embeddings.csv").open()][1:]
@@ -177,7 +185,7 @@ def test_classes_are_judged_and_told(tmp_path: Path) -> None:
     whole = smoke("gde")
     stage = replace(whole.stages[-1], data=f"{__name__}:labelled", steps=30)
     method = replace(whole.method, class_weight=1.0, learning_rate=0.01)
-    train(replace(whole, method=method, stages=(stage,)), tmp_path / "run")
+    train(replace(whole, method=method, stages=(stage,), evaluation=LAST), tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert 0 <= result["class_accuracy"] <= 1
     policy = esscher.load(tmp_path / "run").policy
@@ -185,7 +193,7 @@ def test_classes_are_judged_and_told(tmp_path: Path) -> None:
     sets = np.zeros((2, 5, 7)) + np.arange(5)[:, None]
     chances = policy.classify(sets)
     torch.testing.assert_close(chances.sum(-1), torch.ones(2))
-    train(smoke("gde"), tmp_path / "other")
+    train(smoke("gde", evaluation=LAST, steps=2), tmp_path / "other")
     with pytest.raises(UserError, match="learned no classes"):
         esscher.load(tmp_path / "other").policy.classify(sets)
 
@@ -257,7 +265,7 @@ def test_what_cannot_be_embedded_is_refused() -> None:
 
 
 def test_populations_are_drawn_again_into_a_file_that_can_be_read(tmp_path: Path) -> None:
-    train(smoke("gde"), tmp_path / "run")
+    train(smoke("gde", evaluation=LAST, steps=2), tmp_path / "run")
     assert len(redraw(tmp_path / "run", tmp_path / "own.npz", count=5)) == 24
     with np.load(tmp_path / "own.npz") as found:
         assert found["sample"].shape == (24 * 5, 7) and len(set(found["set_id"])) == 24
