@@ -102,6 +102,9 @@ def test_mixtures_have_dirichlet_weights_and_keep_them():
     np.testing.assert_allclose(found, same, atol=0.02)
     first = [np.mean(rows[:10_000] // 50 == group) for group in again]
     np.testing.assert_allclose(first, same, atol=0.02)  # In random order.
+    named = [part.split(" ") for part in source.name(7).split(" + ")]
+    told = {f"g{group}": f"{share:.2f}" for group, share in zip(again, same, strict=True)}
+    assert [(name, share) for share, name in named] == sorted(told.items())
     other = Mixtures(source.groups, 3, 1.0, seed=5).recipe(7)
     assert not np.array_equal(other[1], same)
     narrow = Mixtures(source.groups, 3, 50.0, seed=4)

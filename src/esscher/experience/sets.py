@@ -98,7 +98,7 @@ class Mixtures:
 
     def name(self, number: int) -> str:
         chosen, share = self.recipe(number)
-        shares = zip(chosen.tolist(), share, strict=True)
+        shares = sorted(zip(chosen.tolist(), share.tolist(), strict=True))
         return " + ".join(f"{share:.2f} {self.groups.name(source)}" for source, share in shares)
 
     def recipe(self, number: int) -> tuple[Rows, NDArray[np.float64]]:

@@ -126,7 +126,7 @@ def _real_and_drawn(axes: Any, real: np.ndarray, drawn: np.ndarray, spec: Any) -
             np.concatenate(list(part[:4].reshape(-1, height, width)), axis=-1)
             for part in (real, drawn)
         ]
-        axes.imshow(np.concatenate(halves), cmap="gray")
+        axes.imshow(np.concatenate(halves), cmap="gray", vmin=real.min(), vmax=real.max())
         axes.set_axis_off()
         return
     if real.shape[1] == 1:
