@@ -134,6 +134,13 @@ def test_populations_are_held_out_whole_and_standardised_by_the_others() -> None
     assert other.held_out.names != data.held_out.names  # type: ignore[union-attr]
 
 
+def test_small_differences_at_large_offsets_are_learned_from() -> None:
+    x = 1e9 + np.arange(8.0).reshape(4, 2) / 8
+    data, _ = set_data(table_of({"a": x[:2], "b": x[2:]}), SetConfig(held_out_share=0), 0)
+    assert data.x.dtype == torch.float32 and len(set(data.x[:, 0].tolist())) == 4
+    assert data.x.std(0, correction=0).tolist() == pytest.approx([1, 1], rel=1e-5)
+
+
 def test_a_component_that_never_changes_is_left_alone() -> None:
     table = table_of({"a": [5.0] * 4, "b": [0.0, 1.0, 2.0, 3.0], "set_id": [0, 0, 1, 1]})
     data, spec = set_data(table, SetConfig(held_out_share=0), 0)
@@ -215,6 +222,7 @@ def test_bad_tables_are_refused() -> None:
     refused("sets.mixed must be at most 2", COLUMNS, mixed=3)
     refused("rows of x: 2 cannot be divided", COLUMNS, mixed=2, held_out_share=0.9)
     refused("needs a column label of numbers", COLUMNS, bandwidth=1.0)
+    refused("1 row is left to learn from", {"a": [1.0, 2.0], "label": [0.0, 1.0]}, bandwidth=1.0)
     refused("exclude each other", {**COLUMNS, "label": [1.0] * 5}, bandwidth=1.0, mixed=2)
     refused(
         "label is not finite in row 1", {"a": [1.0, 2.0], "label": [0.0, np.nan]}, bandwidth=1.0

@@ -43,8 +43,8 @@ class Table:
     """Samples, and what says to which population each belongs."""
 
     name: str
-    x: NDArray[np.float32]
-    """n d."""
+    x: NDArray[np.floating[Any]]
+    """Samples n d, in float32 where they were read so, else in float64."""
     shape: tuple[int, ...]
     """Of one sample."""
     columns: tuple[str, ...]
@@ -65,9 +65,7 @@ def read_table(source: str, config: SetConfig) -> Table:
             sets that are empty, hold one sample, or differ in width.
     """
     found = _read(source, config)
-    if hasattr(found, "to_numpy") and hasattr(
-        found, "columns"
-    ):  # A data frame, of whatever library.
+    if hasattr(found, "to_numpy") and hasattr(found, "columns"):  # A data frame of any library.
         found = {str(name): found[name].to_numpy() for name in found.columns}
     theirs = {config.columns.get(name, name) for name in ("set_id", "label")}
     if isinstance(found, Mapping) and not theirs & set(found):
@@ -117,7 +115,7 @@ def set_data(table: Table, config: SetConfig, seed: int) -> tuple[SetData, SetSp
         columns=table.columns,
         classes=_classes(table, all_groups(table))[0] if divide is _groups else (),
     )
-    x = spec.standardised(torch.from_numpy(table.x))
+    x = spec.standardised(torch.from_numpy(table.x)).float()
     data = SetData(
         name=table.name, x=x, training=training, held_out=held_out, size=config.size, seed=seed
     )
@@ -272,13 +270,18 @@ def _of_columns(source: str, found: Mapping[str, Any], config: SetConfig) -> Tab
     group = found.get(theirs["set_id"], label)
     return Table(
         name=Path(source).name,
-        x=x.astype(np.float32),
+        x=_as_float(x),
         shape=tuple(shape),
         columns=tuple(columns),
         group=_as_text(np.asarray(group)),
         label=label,
         labelled=theirs["set_id"] in found and label is not None,
     )
+
+
+def _as_float(x: Array) -> NDArray[np.floating[Any]]:
+    """Small differences at large offsets are kept until samples are standardised."""
+    return x if x.dtype == np.float32 else x.astype(np.float64)
 
 
 def _as_text(group: Array) -> Array:
@@ -293,7 +296,7 @@ def _of_sets(source: str, names: list[str], sets: list[Any]) -> Table:
     flat = [one.reshape(len(one), -1) for one in arrays]
     return Table(
         name=Path(source).name,
-        x=np.concatenate(flat).astype(np.float32),
+        x=_as_float(np.concatenate(flat)),
         shape=arrays[0].shape[1:],
         columns=(),
         group=np.repeat(np.array(names), [len(one) for one in flat]),
@@ -365,6 +368,8 @@ def _kernels(
     known = rows
     if config.held_out_share > 0:
         known = rows[~np.isin(label, centres[held_out])]
+    if len(known) < 2:
+        raise UserError(f"{table.name}: {len(known)} row is left to learn from: give two or more")
     return (
         Kernels(centres[training], label[known], known, config.bandwidth),
         Kernels(centres[held_out], label, rows, config.bandwidth),
