@@ -13,7 +13,7 @@ import esscher
 from esscher.errors import UserError
 from esscher.experience.sets import Groups, SetData
 from esscher.experiment import SetConfig
-from esscher.methods.applied.gde import Config, _judge_geometry, _ranks
+from esscher.methods.applied.gde import Config, _judge_geometry, _judge_poisson, _ranks
 from esscher.registry import recipes
 from esscher.runtime.rng import Phase, seed_phase
 from esscher.types import Sets, SetSpec
@@ -298,6 +298,13 @@ def test_the_sheets_rules():
     assert [check.passed for check in _judge_geometry(near)] == [False, True, True]
     near = {**good, "sum": {"rank correlation": [0.6], "error": [2.9]}}
     assert [check.passed for check in _judge_geometry(near)] == [True, True, False]
+
+
+def test_the_sheets_rule_of_estimators():
+    found = {"posterior mean": [5.0], "Rao-Blackwell": [7.0], "share of zeros": [13.0]}
+    for error, passed in ((4.0, [False, True]), (6.0, [True, True]), (9.0, [True, False])):
+        checks = _judge_poisson({"gde": {"gde": [error], **found}})
+        assert [check.passed for check in checks] == passed
 
 
 def test_errors_of_the_sheets_estimators():

@@ -419,7 +419,15 @@ def proof() -> Proof:
                 statement="Ten counts of a Poisson law whose rate is from Gamma(4, rate 2): the mean "
                 "squared error of P(X = 0), as drawn from the vector, is above that of the posterior "
                 "mean, below the share of zeros', and below that of the Rao-Blackwell estimator.",
-                arms={"same": partial(_poisson, "same"), "others": partial(_poisson, "others")},
+                arms={"gde": partial(_poisson, "same")},
+                measure=_measure_poisson,
+                judge=_judge_poisson,
+            ),
+            Claim(
+                name="explaining others",
+                statement="The same, where the generator has to explain other samples of a population "
+                "than those that its vector was made of.",
+                arms={"gde": partial(_poisson, "others")},
                 measure=_measure_poisson,
                 judge=_judge_poisson,
             ),
@@ -434,13 +442,13 @@ def proof() -> Proof:
         ),
         notes="Whitening is standardising each component, in whose units distances are. Geometry: 60 "
         "new Gaussians, 1,000 samples of each embedded and 500 drawn. The share of zeros, the "
-        "Rao-Blackwell estimator and the posterior mean are computed on the same 2,000 sets of ten as "
-        "the method, and the variance of counting 400 draws is taken off its error. The paper's own "
-        "loss (arm same) explains the samples that the vector is made of: its optimum is the expected "
-        "empirical measure given z, which is the Rao-Blackwell estimator where z is the sum and the "
-        "share of zeros where z tells everything. So it cannot be better than Rao-Blackwell but for "
-        "what z and G leave out, and it is only when other samples are to be explained (arm others) "
-        "that the optimum is the posterior mean. Both are judged by the sheet's rule.",
+        "Rao-Blackwell estimator and the posterior mean are computed on the same 1,000 sets of ten as "
+        "the method, and the variance of counting 200 draws is taken off its error. The paper's own "
+        "loss explains the samples that the vector is made of: its optimum is the expected empirical "
+        "measure given z, which is the Rao-Blackwell estimator where z is the total and the share of "
+        "zeros where z tells everything. So it cannot be better than Rao-Blackwell but for what z and G "
+        "leave out, and it is only when other samples are to be explained that the optimum is the "
+        "posterior mean. Both are judged by the sheet's rule.",
     )
 
 
@@ -522,13 +530,13 @@ def _measure_poisson(run: FinishedRun) -> dict[str, float]:
     learner = run.learner
     spec: SetSpec = learner.spec
     draw = np.random.default_rng([1, run.experiment.seed])
-    rate = draw.gamma(4.0, 0.5, 2_000)
-    counts = torch.from_numpy(draw.poisson(rate[:, None], (2_000, 10))).double()
+    rate = draw.gamma(4.0, 0.5, 1_000)
+    counts = torch.from_numpy(draw.poisson(rate[:, None], (1_000, 10))).double()
     truth, total = torch.from_numpy(np.exp(-rate)), counts.sum(-1)
     z = learner.embed(spec.standardised(counts.unsqueeze(-1)).float())
-    drawn = spec.restored(learner.draw(z, 400, range(2_000)))
+    drawn = spec.restored(learner.draw(z, 200, range(1_000)))
     share = (drawn.squeeze(-1) < 0.5).double().mean(-1)
-    counting = (share * (1 - share) / 399).mean()
+    counting = (share * (1 - share) / 199).mean()
     estimates = {
         "share of zeros": (counts == 0).double().mean(-1),
         "Rao-Blackwell": (1 - 1 / 10) ** total,
@@ -539,16 +547,14 @@ def _measure_poisson(run: FinishedRun) -> dict[str, float]:
 
 
 def _judge_poisson(figures: Figures) -> list[Check]:
-    checks = []
-    for arm, found in figures.items():
-        for seed, error in enumerate(found["gde"]):
-            best, simple = found["posterior mean"][seed], found["share of zeros"][seed]
-            least = found["Rao-Blackwell"][seed]
-            name = f"{arm}, seed {seed}"
-            rule = f"{best:.6f} <= x < {simple:.6f}, posterior mean and share of zeros"
-            checks.append(Check(f"error, {name}", error, rule, best <= error < simple))
-            rule = f"< {least:.6f}, Rao-Blackwell"
-            checks.append(Check(f"error, {name}, again", error, rule, error < least))
+    found, checks = figures["gde"], []
+    for seed, error in enumerate(found["gde"]):
+        best, simple = found["posterior mean"][seed], found["share of zeros"][seed]
+        least = found["Rao-Blackwell"][seed]
+        rule = f"{best:.6f} <= x < {simple:.6f}, posterior mean and share of zeros"
+        checks.append(Check(f"error, seed {seed}", error, rule, best <= error < simple))
+        rule = f"< {least:.6f}, Rao-Blackwell"
+        checks.append(Check(f"error, seed {seed}, again", error, rule, error < least))
     return checks
 
 
