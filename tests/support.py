@@ -92,7 +92,7 @@ def experience_of(run: Path, step: int | None = None) -> Any:
     """A fresh store of the kind that a run learns from, around its data if it has any."""
     loaded = esscher.load(run, step=step)
     source = loaded.experiment.stages[-1].data
-    if loaded.method.world == "diffusion":
+    if loaded.method.world in ("diffusion", "sets"):
         return store(loaded.method, data_of(loaded.experiment.slug))
     data = None if source is None else load_dataset(source, loaded.method.spec)
     return store(loaded.method, data)
@@ -146,7 +146,7 @@ def spec_of(slug: str) -> Any:
 
 
 def of_world(name: str) -> list[str]:
-    """Slugs of the methods about controllers, language models or diffusion models."""
+    """Slugs of the methods about controllers, language models, diffusion models or populations."""
     return [slug for slug in catalogue() if load_method(slug).world == name]
 
 
@@ -160,6 +160,8 @@ def data_of(slug: str) -> Any:
     if load_method(slug).world == "diffusion":
         parts = runner._Parts(smoke(slug))
         return parts.world.wanted if parts.world.real is None else parts.world.real
+    if load_method(slug).world == "sets":
+        return runner._Parts(smoke(slug)).world.data
     source = smoke(slug).stages[-1].data
     return None if source is None else load_dataset(source, spec_of(slug))
 

@@ -139,7 +139,7 @@ def _resume(arguments: list[str]) -> int:
 def _eval(arguments: list[str]) -> int:
     """Evaluate the policy of a run: esscher eval RUN."""
     folder = Path(_positional(arguments, "esscher eval RUN [options]", "RUN"))
-    if _world_of_run(folder) in ("language", "diffusion"):
+    if _world_of_run(folder) != "control":
         return _eval_model(folder, arguments)
     options = _parse(EvalOptions, arguments, "esscher eval RUN")
     from esscher.experiment import EvaluationConfig
@@ -190,11 +190,15 @@ def _eval_model(folder: Path, arguments: list[str]) -> int:
     print(
         f"{loaded.experiment.name} on {loaded.experiment.subject}, checkpoint of step "
         f"{loaded.step:,}: {evaluation.measure} {evaluation.told} +- {evaluation.spread} over "
-        f"{_count(len(evaluation.returns), 'row')}"
+        f"{_count(len(evaluation.returns), _judged_by(folder))}"
     )
     for name, value in evaluation.extras.items():
         print(f"  {name.removesuffix('_mean').replace('_', ' ')}: {value:,.4g}")
     return 0
+
+
+def _judged_by(folder: Path) -> str:
+    return "population" if _world_of_run(folder) == "sets" else "row"
 
 
 def _sample(arguments: list[str]) -> int:
@@ -204,6 +208,8 @@ def _sample(arguments: list[str]) -> int:
     world = _world_of_run(folder)
     if world == "diffusion":
         return _draw(folder, options)
+    if world == "sets":
+        return _draw_populations(folder, options)
     if world != "language":
         raise UserError(
             f"{folder} trained a controller: esscher eval {folder} plays episodes with it"
@@ -246,6 +252,22 @@ def _draw(folder: Path, options: Any) -> int:
         drawn = painter.draw(rows or options.count or 16, seed=options.seed)
     write_samples(drawn, out)
     print(f"drawn: {out} ({_count(len(drawn), 'sample')})")
+    return 0
+
+
+def _draw_populations(folder: Path, options: Any) -> int:
+    """Samples of populations in a file, or of the run's own, each from its vector."""
+    out = options.out or folder / "drawn.npz"
+    if out.suffix != ".npz" or out.exists():
+        raise UserError(f"--out must name a new FILE.npz, got {out}")
+    if options.prompt or options.label:
+        raise UserError("--prompt and --label are of models that draw by them: give --data FILE")
+    from esscher.runtime.sets import redraw
+
+    names = redraw(
+        folder, out, data=options.data, count=options.count, seed=options.seed, step=options.step
+    )
+    print(f"drawn: {out} (sample, set_id: {_count(len(names), 'population')})")
     return 0
 
 
@@ -309,6 +331,11 @@ def _compare(arguments: list[str]) -> int:
         "diffusion": _compare_painters_options,
     }
     world = _world(slugs[0]) if slugs else "control"
+    if world == "sets":
+        raise UserError(
+            f"{slugs[0]} is the only method about populations: esscher sweep {slugs[0]} --data FILE "
+            "--grid method.encoder=residual,kernel_mean compares its encoders"
+        )
     kind = kinds[world]()
     if world != "control":
         arguments = _in_full(arguments, {f.name: (f.type,) for f in dataclasses.fields(kind)})
@@ -364,6 +391,11 @@ def _export(arguments: list[str]) -> int:
     from esscher.runtime.load import load
 
     world = _world_of_run(folder)
+    if world == "sets":
+        raise UserError(
+            f"{folder} embeds populations: {folder}/embeddings.csv lists their vectors, and "
+            f"esscher.load({str(folder)!r}).policy embeds others"
+        )
     kind, fitting = {
         "control": ("controller", "onnx"),
         "language": ("language model", "transformers"),
@@ -549,7 +581,7 @@ class EvalOptions:
 @dataclass
 class EvalModelOptions:
     episodes: int = 32
-    """Rows to judge, of those held out; of a diffusion model, samples to draw."""
+    """Rows or populations to judge, of those held out; of a diffusion model, samples to draw."""
     step: int | None = None
     """Checkpoint to judge; by default the newest."""
     stochastic: bool = False
@@ -699,18 +731,22 @@ def _sample_options() -> type:
         """Ask as a user in the tokenizer's chat template."""
         count: int | None = None
         """Completions or samples of each prompt or label, by default 1; of a diffusion model without
-        either, of the run's own rows in turn, by default 16."""
+        either, of the run's own rows in turn, by default 16; of each population, by default as many as
+        it has."""
         seed: int = 0
         """Decides every draw."""
         out: Path | None = None
-        """Of a diffusion model, a new folder for PNG images or samples.npy; by default drawn/ in the
-        run folder."""
+        """Of a diffusion model, a new folder for PNG images or samples.npy, by default drawn/ in the
+        run folder; of populations, a new FILE.npz, by default drawn.npz there."""
         compile: bool = False
         """Of a diffusion model, compile its network first: half a minute, and then a fifth to a third
         less time."""
         precision: Literal["float32", "bfloat16"] = "float32"
         """Of a diffusion model's matrix products; bfloat16 pays on processors with instructions for
         it."""
+        data: str | None = None
+        """Of populations: sets to embed and to draw again, in the form of the run's data; by default
+        the run's own."""
         decoding: Decoding = field(default_factory=Decoding)
         step: int | None = None
         """Checkpoint; by default the newest."""
@@ -795,6 +831,7 @@ STAGE_PARTS = {
     "control": ("env",),
     "language": ("model", "text"),
     "diffusion": ("model", "image"),
+    "sets": ("sets",),
 }
 DATA_HELP = {
     "control": "Logged steps to learn from: minari:NAME, FILE.hdf5 (D4RL), FOLDER of .npz, or "
@@ -804,11 +841,14 @@ DATA_HELP = {
     "diffusion": "Rows with a prompt or label each to draw: FILE.jsonl, FILE.parquet, a FOLDER saved "
     "by datasets, a Hugging Face name or module:function; real samples, where a method learns from "
     "those: besides, a FOLDER of images or FILE.npz.",
+    "sets": "Samples of populations, a row each, with a column set_id: FILE.parquet, FILE.csv, "
+    "FILE.npz, a FOLDER saved by datasets or of images, or module:function (see docs/data.md).",
 }
 STEPS_HELP = {
     "control": "Environment steps, counted over all parallel copies.",
     "language": "Updates, or iterations of writing and learning.",
     "diffusion": "Updates, or iterations of drawing and learning.",
+    "sets": "Updates.",
 }
 
 
@@ -889,7 +929,7 @@ def _in_full(arguments: list[str], values: dict[str, Any]) -> list[str]:
     """Short options as long ones: --model X is --model.source X, --beta is --method.beta."""
     groups = {
         name: {f.name for f in dataclasses.fields(values[name][0])}
-        for name in ("method", "text", "image", "model")
+        for name in ("method", "text", "image", "sets", "model")
         if name in values
     }
     full = []

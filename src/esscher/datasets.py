@@ -193,3 +193,60 @@ def ring() -> Columns:
     angle = draw.choice(8, 50_000, p=RING_WEIGHTS) * (np.pi / 4)
     means = 3 * np.stack([np.cos(angle), np.sin(angle)], -1)
     return {"sample": (means + 0.25 * draw.standard_normal(means.shape)).astype(np.float32)}
+
+
+def gaussian_populations() -> Columns:
+    """4,000 Gaussians in the plane, 128 samples of each: means uniform on [0, 5]^2, covariances
+    A A^T + 0.1 I with A of independent normals of deviation 0.6.
+    """
+    draw = np.random.default_rng(0)
+    means, covariances = gaussian_parameters(draw, 4_000)
+    roots = np.linalg.cholesky(covariances)
+    noise = draw.standard_normal((4_000, 128, 2))
+    x = means[:, None] + noise @ roots.transpose(0, 2, 1)
+    return {"sample": x.reshape(-1, 2).astype(np.float32), "set_id": np.arange(4_000).repeat(128)}
+
+
+def gaussian_parameters(
+    draw: np.random.Generator, count: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Means and covariances of `gaussian_populations`."""
+    means = draw.uniform(0, 5, (count, 2))
+    factor = 0.6 * draw.standard_normal((count, 2, 2))
+    return means, factor @ factor.transpose(0, 2, 1) + 0.1 * np.eye(2)
+
+
+def poisson_populations() -> Columns:
+    """20,000 Poisson distributions, 40 counts of each: rates from Gamma(4, rate 2)."""
+    draw = np.random.default_rng(0)
+    rates = draw.gamma(4.0, 0.5, 20_000)
+    counts = draw.poisson(rates[:, None], (20_000, 40))
+    return {"count": counts.reshape(-1), "set_id": np.arange(20_000).repeat(40)}
+
+
+def three_digits() -> Columns:
+    """The 537 handwritten digits 0, 1 and 2 of 8 x 8, each digit a population: to be mixed
+    (--sets.mixed 3).
+    """
+    found = digits()
+    kept = found["label"] < 3
+    return {"image": found["image"][kept], "set_id": found["label"][kept]}
+
+
+def tumours() -> Columns:
+    """569 breast tumours (scikit-learn's copy of the Wisconsin diagnostic set): seven measures of the
+    nuclei's texture and outline. Populations are 24 classes of equally many by mean radius (`set_id`);
+    the radius itself is the column `label`. What follows from the radius, perimeter and area, is left
+    out.
+    """
+    sklearn: Any = needed("sklearn.datasets", "esscher.datasets:tumours", "applied")
+    found = sklearn.load_breast_cancer()
+    radius = found.data[:, 0]
+    rank = radius.argsort(kind="stable").argsort(kind="stable")
+    names = [name.removeprefix("mean ").replace(" ", "_") for name in found.feature_names[:10]]
+    columns = {
+        name: found.data[:, number]
+        for number, name in enumerate(names)
+        if name not in ("radius", "perimeter", "area")
+    }
+    return {**columns, "set_id": rank * 24 // len(radius), "label": radius}

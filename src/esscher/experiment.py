@@ -134,6 +134,41 @@ class ImageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SetConfig:
+    """What populations are, and what sets are drawn of them."""
+
+    size: int = 100
+    """Samples drawn of a population for an update, >= 2; smaller ones are taken whole."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of columns where the data have others: --sets.columns set_id donor label age."""
+    features: tuple[str, ...] = ()
+    """Columns that are the components of a sample; empty: all but set_id and label."""
+    split: str = "train"
+    """Of a Hugging Face data set."""
+    bandwidth: float = 0.0
+    """> 0: populations are neighbourhoods of the values of a continuous label, with Gaussian weights of
+    this standard deviation, in the label's units; 0: the rows of each set_id."""
+    mixed: int = 0
+    """> 0: a set is a mixture of so many populations, drawn anew for every update; 0: of one."""
+    concentration: float = 1.0
+    """Of the Dirichlet distribution of a mixture's weights, > 0; 1 is uniform, less favours few."""
+    held_out_share: float = 0.1
+    """Share of the populations (of mixtures, of their rows) that is kept out of training, in [0, 0.9];
+    0: what is learned from also judges."""
+    standardise: bool = True
+    """Bring each component to mean 0 and deviation 1 over the training data; distances are then in
+    these units."""
+
+    def __post_init__(self) -> None:
+        require("sets.size", self.size, self.size >= 2, ">= 2")
+        require("sets.bandwidth", self.bandwidth, self.bandwidth >= 0, ">= 0")
+        require("sets.mixed", self.mixed, self.mixed >= 0, ">= 0")
+        require("sets.concentration", self.concentration, self.concentration > 0, "> 0")
+        share = self.held_out_share
+        require("sets.held_out_share", share, 0 <= share <= 0.9, "in [0, 0.9]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One phase of training: a loop, what it runs on, and how long."""
 
@@ -145,11 +180,14 @@ class Stage:
     """The task of a language method."""
     image: ImageConfig = field(default_factory=ImageConfig)
     """The task of a diffusion method."""
+    sets: SetConfig = field(default_factory=SetConfig)
+    """The populations of a method that embeds sets."""
     data: str | None = None
     """Logged steps to learn from: minari:NAME, FILE.hdf5 (D4RL), FOLDER of .npz, or module:function
     for your own (returns arrays, or an esscher.experience.Dataset). Of a language method, rows of
     text: FILE.jsonl, FILE.parquet, a FOLDER saved by datasets, a Hugging Face name, or
-    module:function; of a diffusion method, rows with a prompt or label each to draw."""
+    module:function; of a diffusion method, rows with a prompt or label each to draw; of
+    a method that embeds sets, a long table of samples."""
     steps: int = 100_000
     """Environment steps, counted over all parallel copies; updates, where a method learns from data
     alone; iterations, where a model writes or draws and is judged."""
@@ -195,7 +233,7 @@ class CheckpointConfig:
         require("checkpoint.keep", self.keep, self.keep >= 1, ">= 1")
 
 
-DEFAULT_STEPS = {"control": 100_000, "language": 1_000, "diffusion": 100}
+DEFAULT_STEPS = {"control": 100_000, "language": 1_000, "diffusion": 100, "sets": 10_000}
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -244,6 +282,7 @@ class Experiment:
         model: ModelConfig | str | None = None,
         text: TextConfig | None = None,
         image: ImageConfig | None = None,
+        sets: SetConfig | None = None,
         data: str | None = None,
         steps: int | None = None,
         **options: Any,
@@ -256,9 +295,10 @@ class Experiment:
             model: the source of a language model or a whole ModelConfig.
             text: how a language method's rows are read and judged.
             image: what a diffusion method draws, and how that is judged.
+            sets: what populations are, of a method that embeds sets.
             data: what to learn from; see Stage.
             steps: environment steps, updates from data alone, or iterations; by default 100,000, of
-                language methods 1,000, of diffusion methods 100.
+                language methods 1,000, of diffusion methods 100, of sets 10,000.
             options: further fields (seed, evaluation, checkpoint, runtime, log, label).
         """
         if isinstance(method, str):
@@ -273,6 +313,7 @@ class Experiment:
             model=model,
             text=text or TextConfig(),
             image=image or ImageConfig(),
+            sets=sets or SetConfig(),
             data=data,
             steps=steps or DEFAULT_STEPS[world],
         )
@@ -306,6 +347,8 @@ class Experiment:
             return stage.env.id
         if world == "diffusion":
             source = stage.data or stage.model.source or "images"
+        elif world == "sets":
+            source = stage.data or "sets"
         else:
             source = stage.text.game or stage.text.task or stage.data or "text"
         return Path(source).name if Path(source).is_absolute() else source
@@ -322,6 +365,11 @@ class Experiment:
         control = kind.world == "control"
         _check_language(self.slug, kind, stage)
         _check_diffusion(self.slug, kind, stage)
+        if kind.world == "sets" and stage.data is None:
+            raise UserError(
+                f"{self.slug} learns from sets of samples: give --data FILE.parquet with a column "
+                "set_id, FILE.csv, FILE.npz, a FOLDER or module:function"
+            )
         if kind.data == "none" and stage.data is not None and control:
             raise UserError(f"{self.slug} learns from its own steps only: leave out --data")
         if kind.data == "required" and stage.data is None and control:
@@ -336,6 +384,7 @@ class Experiment:
                 "--method.warmup, or raise --steps"
             )
         width = max(getattr(self.method, "hidden", ()), default=0) if control else 1024
+        width = self.method.width if kind.world == "sets" else width
         stages = tuple(_with_whole_paths(stage) for stage in self.stages)
         # A method may have settings of its own that name files.
         method = self.method.resolved() if hasattr(self.method, "resolved") else self.method

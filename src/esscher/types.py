@@ -254,6 +254,49 @@ class Samples(Record):
     """What the denoiser is told of each; None: nothing."""
 
 
+@record
+class Sets(Record):
+    """Sets of samples, each drawn from a distribution of its own, standardised."""
+
+    x: Float[Tensor, "b m d"]
+    """Padded with 0 where a set has fewer."""
+    mask: Bool[Tensor, "b m"] | None
+    """Which samples are there; None: all."""
+    number: Int[Tensor, "b"]
+    """Which population of the data each one is."""
+    label: Int[Tensor, "b"] | None = None
+    """Class of each population, -1 where it is not known; None: there are no classes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SetSpec:
+    """What a method has to know of the samples in its sets. Methods see them flat and standardised."""
+
+    shape: tuple[int, ...]
+    """Of one sample."""
+    mean: tuple[float, ...]
+    """Of each component over the data, in the data's units."""
+    std: tuple[float, ...]
+    """Likewise; 1 where a component never changes."""
+    columns: tuple[str, ...] = ()
+    """Names of the components, where the data have them."""
+    classes: tuple[str, ...] = ()
+    """Of populations, where the data have labels of them."""
+    num_agents: int = 1
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
+
+    def standardised(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """From the data's units: (x - mean) / std."""
+        return (x - x.new_tensor(self.mean)) / x.new_tensor(self.std)
+
+    def restored(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """Back to the data's units."""
+        return x * x.new_tensor(self.std) + x.new_tensor(self.mean)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chain:
     """Samples on their way from noise, in coordinates x = x0 + sigma eps."""

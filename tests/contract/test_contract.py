@@ -49,7 +49,7 @@ from support import (
 
 SLUGS = list(catalogue())
 CONTROL, LANGUAGE = of_world("control"), of_world("language")
-DIFFUSION = of_world("diffusion")
+DIFFUSION, SETS = of_world("diffusion"), of_world("sets")
 
 
 @pytest.fixture(scope="module", params=SLUGS)
@@ -281,6 +281,23 @@ def test_deployed_it_draws_as_when_it_was_saved(slug: str, tmp_path: Path) -> No
     elif saved.exists():
         state = load_tensors((saved / "model.safetensors").read_bytes())
         assert differences(state, one.policy.model.state_dict()) == []
+
+
+@pytest.mark.parametrize("slug", SETS)
+def test_deployed_it_embeds_as_when_it_was_saved(slug: str, tmp_path: Path) -> None:
+    train(smoke(slug), tmp_path / "run")
+    one, two = esscher.load(tmp_path / "run"), esscher.load(tmp_path / "run")
+    spec, data = one.policy.spec, data_of(slug)
+    sets = [spec.restored(data.x[start : start + 9].double()).numpy() for start in (0, 20, 40)]
+    z = one.policy.embed(sets)
+    assert torch.equal(z, two.policy.embed(sets))
+    torch.testing.assert_close(z[1], one.policy.embed(sets[1:2])[0])
+    torch.testing.assert_close(z[0], one.method.embed(data.x[None, :9])[0], atol=1e-4, rtol=1e-4)
+    drawn = one.policy.sample(z, 5, seed=3)
+    assert drawn.shape == (3, 5, *spec.shape)
+    assert torch.equal(drawn, two.policy.sample(z, 5, seed=3))
+    assert not torch.equal(drawn, one.policy.sample(z, 5, seed=4))
+    torch.testing.assert_close(drawn[:2], one.policy.sample(z[:2], 5, seed=3))
 
 
 @pytest.mark.parametrize("slug", CONTROL)

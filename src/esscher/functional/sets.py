@@ -21,41 +21,46 @@ def energy_distance(a: Float[Tensor, "n *d"], b: Float[Tensor, "m *d"]) -> Float
     return 2 * torch.cdist(a, b).mean() - within[0] - within[1]
 
 
-def moments(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
-    """Mean and covariance (divided by n - 1) of a set, in float64.
+def moments(
+    x: Float[Tensor, "*b n d"],
+) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b d d"]]:
+    """Mean and covariance (divided by n - 1) of a set, or of many sets of one size, in float64.
 
-    Raises: ValueError if it has fewer than 2 samples.
+    Raises: ValueError if a set has fewer than 2 samples.
     """
-    if len(x) < 2:
-        raise ValueError(f"a covariance needs at least 2 samples, got {len(x)}")
+    count = x.shape[-2]
+    if count < 2:
+        raise ValueError(f"a covariance needs at least 2 samples, got {count}")
     x = x.double()
-    mean = x.mean(0)
-    centred = x - mean
-    return mean, centred.T @ centred / (len(x) - 1)
+    mean = x.mean(-2)
+    centred = x - mean.unsqueeze(-2)
+    return mean, centred.mT @ centred / (count - 1)
 
 
 def frechet_distance(
-    mean_a: Float[Tensor, "d"],
-    covariance_a: Float[Tensor, "d d"],
-    mean_b: Float[Tensor, "d"],
-    covariance_b: Float[Tensor, "d d"],
-) -> Float[Tensor, ""]:
+    mean_a: Float[Tensor, "*b d"],
+    covariance_a: Float[Tensor, "*b d d"],
+    mean_b: Float[Tensor, "*c d"],
+    covariance_b: Float[Tensor, "*c d d"],
+) -> Float[Tensor, "*e"]:
     """Squared Wasserstein-2 distance of two Gaussians:
 
     |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
 
     In float64. The trace of the root is the sum of the roots of the eigenvalues of
-    S_a^(1/2) S_b S_a^(1/2), which are those of S_a S_b, and below 0 only by rounding.
+    S_a^(1/2) S_b S_a^(1/2), which are those of S_a S_b, and below 0 only by rounding. Leading axes
+    are broadcast.
 
     Source: Dowson and Landau 1982; Heusel et al. 2017 (FID, arXiv 1706.08500), eq. 6.
     """
     mean_a, mean_b = mean_a.double(), mean_b.double()
     covariance_a, covariance_b = covariance_a.double(), covariance_b.double()
     values, vectors = torch.linalg.eigh(covariance_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
     joint = torch.linalg.eigvalsh(root @ covariance_b @ root)
-    traces = covariance_a.trace() + covariance_b.trace() - 2 * joint.clamp(min=0).sqrt().sum()
-    return (mean_a - mean_b).square().sum() + traces
+    traces = sum(c.diagonal(dim1=-2, dim2=-1).sum(-1) for c in (covariance_a, covariance_b))
+    roots = joint.clamp(min=0).sqrt().sum(-1)
+    return (mean_a - mean_b).square().sum(-1) + traces - 2 * roots
 
 
 def vendi_score(embedding: Float[Tensor, "n d"]) -> Float[Tensor, ""]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esscher.errors import UserError
 
-Activation = Literal["relu", "gelu", "tanh", "elu", "silu"]
+Activation = Literal["relu", "gelu", "tanh", "elu", "silu", "selu"]
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -19,6 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "elu": nn.functional.elu,
     "silu": nn.functional.silu,
+    "selu": nn.functional.selu,
 }
 
 

@@ -81,6 +81,7 @@ OWN_TASK = {
     "`--steps UPDATES",
     "rows": "--model FOLDER --data ROWS.jsonl` with a column prompt or label (or "
     "`--image.labels 0 1`), `--reward module:function --steps ITERATIONS",
+    "sets": "--data POPULATIONS.parquet` with a column set_id, `--steps UPDATES",
     "samples": "--model FOLDER --data FOLDER_OF_IMAGES --steps UPDATES",
     "prompts": "--model FOLDER --data PROMPTS.jsonl --reward module:function` (or "
     "`--task reasoning_gym:NAME` in place of both), `--steps ITERATIONS",
@@ -107,6 +108,8 @@ def _own_task(module: ast.Module) -> str:
     said = _literals(module)
     if said.get("world") == "diffusion":
         return OWN_TASK["samples" if said.get("loop") == "offline" else "rows"]
+    if said.get("world") == "sets":
+        return OWN_TASK["sets"]
     language = said.get("world") == "language"
     return OWN_TASK[said.get("rows", "demonstrations") if language else "control"]
 

@@ -325,6 +325,13 @@ def _commands(runs: Sequence[RunRecord], every: Sequence[Ranking]) -> list[tuple
     ]
     commands = commands or [("Go on with a run that was interrupted", "esscher resume RUN")]
     slugs = " ".join(shlex.quote(slug) for slug in sorted({run.slug for run in runs}))
+    if best.embeds:
+        return [
+            *commands,
+            (f"Judge {best.name}, seed {best.seed}, again", f"esscher eval {_path(best)}"),
+            ("Draw its populations again", f"esscher sample {_path(best)}"),
+            ("Read the vectors of its populations", f"head {_path(best)}/embeddings.csv"),
+        ]
     language = best.model is not None
     also = [("Let it write", f"esscher sample {_path(best)} --prompt TEXT")] if language else []
     form = "transformers" if language else "onnx"

@@ -1,7 +1,11 @@
-"""What diffusion models drew, as figures: images side by side, points in a plane."""
+"""What was drawn, as figures: images side by side, points in a plane, populations beside their own
+reconstructions.
+"""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -69,3 +73,69 @@ def write_samples(samples: Tensor, folder: Path) -> None:
     for number, image in enumerate((shown.clip(0, 1) * 255).round().astype(np.uint8)):
         picture = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
         Image.fromarray(picture).save(folder / f"{number:05d}.png")
+
+
+SETS_SHOWN = 6
+"""Sets beside their reconstructions in one figure."""
+
+
+def populations_figure(
+    vectors: Tensor, names: Sequence[str], pairs: Sequence[tuple[Tensor, Tensor]], spec: Any
+) -> Figure:
+    """A map of populations by the first two principal components of their vectors, and some of the
+    sets, each with what was drawn from its vector.
+
+    Args:
+        vectors: "s l", on the CPU.
+        names: of the populations.
+        pairs: real and drawn samples "m d", in the data's units.
+        spec: their SetSpec. Images are shown as such, real above drawn; anything else by its first two
+            components, one component as a histogram.
+    """
+    shown = pairs[:SETS_SHOWN]
+    figure = Figure(figsize=(4 + 2.2 * ((len(shown) + 1) // 2), 4.4), layout="constrained")
+    grid = figure.add_gridspec(2, 2 + (len(shown) + 1) // 2)
+    axes = figure.add_subplot(grid[:, :2])
+    centred = (vectors - vectors.mean(0)).double().numpy()
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    place = centred @ directions[:2].T
+    second = place[:, 1] if place.shape[1] > 1 else np.zeros(len(place))
+    axes.plot(place[:, 0], second, ".", color="#4c566a")
+    for number, name in enumerate(names[: len(shown)]):
+        axes.annotate(shortened(name), (place[number, 0], second[number]), fontsize=7)
+    axes.set_xlabel("first principal component")
+    axes.set_ylabel("second principal component")
+    axes.set_title("vectors of populations held out", fontsize=9)
+    for number, (real, drawn) in enumerate(shown):
+        below = figure.add_subplot(grid[number % 2, 2 + number // 2])
+        below.set_title(shortened(names[number]), fontsize=8)
+        below.tick_params(labelsize=6)
+        _real_and_drawn(below, real.numpy(), drawn.numpy(), spec)
+    return figure
+
+
+def shortened(name: str, most: int = 24) -> str:
+    """A name that fits a panel."""
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _real_and_drawn(axes: Any, real: np.ndarray, drawn: np.ndarray, spec: Any) -> None:
+    if len(spec.shape) > 1:
+        height, width = spec.shape[-2:]
+        halves = [
+            np.concatenate(list(part[:4].reshape(-1, height, width)), axis=-1)
+            for part in (real, drawn)
+        ]
+        axes.imshow(np.concatenate(halves), cmap="gray", vmin=real.min(), vmax=real.max())
+        axes.set_axis_off()
+        return
+    if real.shape[1] == 1:
+        bins = np.histogram_bin_edges(np.concatenate([real, drawn]), 20)
+        for part, label in ((real, "real"), (drawn, "drawn")):
+            axes.hist(part[:, 0], bins, density=True, histtype="step", label=label)
+    else:
+        for part, label in ((real, "real"), (drawn, "drawn")):
+            axes.plot(part[:200, 0], part[:200, 1], ".", markersize=2, alpha=0.6, label=label)
+        axes.set_xlabel(spec.columns[0] if spec.columns else "first component", fontsize=6)
+        axes.set_ylabel(spec.columns[1] if spec.columns else "second component", fontsize=6)
+    axes.legend(fontsize=5)

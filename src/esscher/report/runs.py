@@ -47,6 +47,11 @@ class RunRecord:
         """What the numbers of its curve are: "return", or what its evaluations say."""
         return str(next((row["measure"] for row in self.evaluations if "measure" in row), "return"))
 
+    @property
+    def embeds(self) -> bool:
+        """Whether it is about populations, of which it lists a vector each."""
+        return (self.folder / "embeddings.csv").exists()
+
     def samples(self) -> list[tuple[int, list[dict[str, Any]]]]:
         """What a language model wrote at its first and its last evaluation: step, samples."""
         files = sorted((self.folder / "samples").glob("step_*.json"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from esscher.controller import Controller
+from esscher.embedder import Embedder
 from esscher.errors import UserError
 from esscher.experiment import EvaluationConfig, Experiment
 from esscher.painter import Painter
@@ -29,7 +30,7 @@ class Loaded:
     policy: Any
     """Of a controller: maps observations to actions of the environment; see Controller.predict. Of a
     language model: answers prompts; see Writer.complete. Of a diffusion model: draws; see
-    Painter.draw."""
+    Painter.draw. Of populations: embeds sets; see Embedder."""
     method: Any
     """The whole learner, critics and optimisers included."""
     step: int
@@ -73,6 +74,8 @@ def load(directory: str | Path, *, step: int | None = None) -> Loaded:
         return _load_language(experiment, checkpoint)
     if world == "diffusion":
         return _load_diffusion(experiment, checkpoint)
+    if world == "sets":
+        return _load_sets(experiment, checkpoint)
     fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint.meta["spec"].items()
     }
@@ -85,15 +88,19 @@ def load(directory: str | Path, *, step: int | None = None) -> Loaded:
 def evaluate_model(
     directory: str | Path, evaluation: EvaluationConfig, *, step: int | None = None
 ) -> tuple[Loaded, Evaluation]:
-    """Judge the language or diffusion model of a run anew, on the rows that it held out or draws.
+    """Judge what is no controller anew, on the rows or populations that were held out, or on what is
+    drawn.
 
     Raises:
         UserError: as `load` does, or the data cannot be read any more.
     """
     experiment = replace(read_experiment(Path(directory)), evaluation=evaluation)
     checkpoint = checkpoints.load(Path(directory), step)
-    language = load_method(experiment.slug).world == "language"
-    opened = _load_language if language else _load_diffusion
+    opened = {
+        "language": _load_language,
+        "diffusion": _load_diffusion,
+        "sets": _load_sets,
+    }[load_method(experiment.slug).world]
     with closing(world_of(experiment, Runtime())) as world:
         loaded = opened(experiment, checkpoint, world)
         return loaded, world.evaluate(loaded.method, checkpoint.step)
@@ -126,3 +133,17 @@ def _load_diffusion(
     at_once = experiment.stages[-1].image.at_once
     painter = Painter(method.policy, world.wanted, method.draw, at_once=at_once)
     return Loaded(experiment, painter, method, checkpoint.step)
+
+
+def _load_sets(
+    experiment: Experiment, checkpoint: checkpoints.Checkpoint, world: Any = None
+) -> Loaded:
+    """The data are not needed, but where there is a world they must be the same."""
+    from esscher.runtime.sets import spec_of
+
+    if world is not None:
+        world.check(checkpoint.meta["spec"])
+    spec = spec_of(checkpoint.meta["spec"])
+    method = load_method(experiment.slug)(experiment.method, spec, Runtime())
+    method.load_state_dict(under("method", checkpoint.state))
+    return Loaded(experiment, Embedder(method, spec), method, checkpoint.step)

@@ -183,7 +183,8 @@ def _refuse_other_settings(experiment: Experiment, folder: Path) -> None:
 def _with_setting(value: Any, path: list[str], text: str) -> Any:
     """A copy of nested dataclasses with one field set from text."""
     name, *rest = path
-    if isinstance(value, Experiment) and name in ("env", "model", "text", "image", "data", "steps"):
+    parts = ("env", "model", "text", "image", "sets", "data", "steps")
+    if isinstance(value, Experiment) and name in parts:
         stage = _with_setting(value.stages[-1], path, text)
         return replace(value, stages=(*value.stages[:-1], stage))
     known = [f.name for f in dataclasses.fields(value)]

@@ -1,4 +1,4 @@
-"""What a run is about: controllers in environments, language models on text, diffusion models.
+"""What a run is about: controllers, language models, diffusion models, populations known by samples.
 
 A world builds the parts that depend on it (specification, experience, evaluation) and drives the loop;
 the runner around it is the same for all.
@@ -87,6 +87,10 @@ def world_of(experiment: Experiment, runtime: Runtime) -> World:
         from esscher.runtime.diffusion import DiffusionWorld
 
         return DiffusionWorld(experiment, runtime)
+    if world == "sets":
+        from esscher.runtime.sets import SetWorld
+
+        return SetWorld(experiment, runtime)
     return ControlWorld(experiment, runtime)
 
 
@@ -179,6 +183,7 @@ SUBJECTS = {
     "control": "a controller",
     "language": "a language model",
     "diffusion": "a diffusion model",
+    "sets": "populations",
 }
 
 
