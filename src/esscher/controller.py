@@ -12,6 +12,7 @@ from jaxtyping import Float, Shaped
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from esscher.distributions.policies import device_of
 from esscher.distributions.remembering import Player, Remembering
 from esscher.errors import UserError
 from esscher.types import Spec
@@ -73,7 +74,7 @@ class Controller(nn.Module):
         observation = np.asarray(observation)
         batch_of_one = observation.ndim > 1 and len(observation) == 1
         single = observation.size == self.spec.obs_dim and not batch_of_one
-        device = next(self.parameters()).device
+        device = device_of(self)
         flat = observation.reshape(1 if single else len(observation), -1).astype(np.float32)
         if flat.shape[1] != self.spec.obs_dim:
             raise ValueError(

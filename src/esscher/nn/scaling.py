@@ -20,6 +20,7 @@ class Scaling(nn.Module):
         size: number of components.
         how: see above.
         what: a name for messages.
+        plain: components that stay as they are, whatever is done to the others (a gripper's, say).
     """
 
     shift: Tensor
@@ -28,11 +29,26 @@ class Scaling(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, size: int, how: Literal["range", "standard", "none"], what: str):
+    def __init__(
+        self,
+        size: int,
+        how: Literal["range", "standard", "none"],
+        what: str,
+        plain: tuple[int, ...] = (),
+    ):
         super().__init__()
-        self.how, self.what = how, what
+        self.how, self.what, self.plain = how, what, list(plain)
         for name in ("shift", "scale", "low", "high"):
             self.register_buffer(name, torch.zeros(size))
+
+    @classmethod
+    def identity(cls, size: int, what: str) -> "Scaling":
+        """None at all, for values that are as a network wants them; bounds are -1 and 1."""
+        scaling = cls(size, "none", what)
+        scaling.scale.fill_(1.0)
+        scaling.low.fill_(-1.0)
+        scaling.high.fill_(1.0)
+        return scaling
 
     @torch.no_grad()
     def fit(self, values: Float[Tensor, "b d"], *, constant: Literal["keep", "refuse"]) -> None:
@@ -58,6 +74,7 @@ class Scaling(nn.Module):
             shift, scale = torch.zeros_like(low), torch.ones_like(low)
         if self.how != "none":
             shift, scale = torch.where(still, low, shift), torch.where(still, 1.0, scale)
+            shift[self.plain], scale[self.plain] = 0.0, 1.0
         for name, value in (("shift", shift), ("scale", scale), ("low", low), ("high", high)):
             getattr(self, name).copy_(value)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from esscher.adapters.episodes import EpisodeRunner
 from esscher.adapters.gymnasium import Environments
+from esscher.distributions.policies import device_of
 from esscher.distributions.remembering import Player
 from esscher.experiment import EnvConfig, EvaluationConfig
 from esscher.runtime.rng import Phase, seed_phase
@@ -90,7 +91,7 @@ class Evaluator:
     def __call__(self, policy: nn.Module) -> Evaluation:
         """Run one episode in each environment."""
         config = self.config
-        device = next(policy.parameters()).device
+        device = device_of(policy)
         obs = self._envs.reset(0, getattr(policy, "reset_options", None))
         running = np.ones(config.episodes, bool)
         returns, lengths = np.zeros(config.episodes), np.zeros(config.episodes, np.int64)
