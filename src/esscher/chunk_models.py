@@ -1,9 +1,9 @@
 """Models of chunks of actions with known answers, for proofs and tests.
 
-Use them where a trained policy is asked for: `--method.policy esscher.chunk_models:dodge_expert`. Your own
-is a function of the same kind: called with the task's specification, it returns a
-`esscher.distributions.chunks.ChunkModel`; `esscher.adapters.chunk_models.from_diffusers` makes one of an
-eps-network and a scheduler of diffusers.
+Use them where a trained policy is asked for: `--method.policy esscher.chunk_models:dodge_expert`. Your
+own is a function of the same kind: called with the task's specification, it returns a
+`esscher.distributions.chunks.ChunkModel`; `esscher.adapters.chunk_models.from_diffusers` makes one of
+an eps-network and a scheduler of diffusers.
 """
 
 import torch
@@ -21,9 +21,9 @@ from esscher.types import Spec
 class DodgeExpert(nn.Module):
     """The exact noise in chunks of esscher.envs:Dodge's expert, at every level.
 
-    A chunk goes to one side m = +-1: u = clip(4 (0.6 m - y), -1, 1), run without noise from the observed
-    y, and its numbers have deviation `std`. Both sides are equally likely while |y| < 0.3, then only
-    that where one is. So clean chunks are a mixture of two Gaussians, and so are noisy ones.
+    A chunk goes to one side m = +-1: u = clip(4 (0.6 m - y), -1, 1), run without noise from the
+    observed y, and its numbers have deviation `std`. Both sides are equally likely while |y| < 0.3,
+    then only that where one is. So clean chunks are a mixture of two Gaussians, and so are noisy ones.
     """
 
     alpha_bars: Tensor

@@ -187,7 +187,7 @@ def two_gaps() -> Columns:
         nonlocal side
         if env.time == 0:
             side = float(draw.choice([-1.0, 1.0]))
-        x, y = env.place
+        x, _ = env.place
         gap = side * env.gap
         if x < -0.1:
             aim = np.array([-0.05, gap])
@@ -219,7 +219,7 @@ def dodge_and_grip_scaled() -> Columns:
 
 
 def _dodging(env: Dodge) -> Columns:
-    """u = clip(4 (0.6 m - y), -1, 1) for a side m = +-1 that an episode keeps, with noise of 0.05."""
+    """U = clip(4 (0.6 m - y), -1, 1) for a side m = +-1 that an episode keeps, with noise of 0.05."""
     draw = np.random.default_rng(0)
     side = 1.0
 

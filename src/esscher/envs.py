@@ -367,10 +367,10 @@ class TwoGaps(gymnasium.Env[Observation, Any]):
     """A point goes from the left through one of two gaps in a wall to the goal that is wanted.
 
     It starts at x = -0.8 and |y| < 0.1; the wall stands at x = 0, its gaps lie at y = +-0.5 and are 0.3
-    wide. Whoever touches the wall is out. At x = 0.8 the episode ends, and is worth 1 within 0.15 of the
-    wanted goal, one of four. Either gap leads to all of them, so play through both has two modes that
-    an average misses. An observation is the place and the goal, an action a velocity; an episode is
-    described by where it passed the wall (0: not at all).
+    wide. Whoever touches the wall is out. At x = 0.8 the episode ends, and is worth 1 within 0.15 of
+    the wanted goal, one of four. Either gap leads to all of them, so play through both has two modes
+    that an average misses. An observation is the place and the goal, an action a velocity; an episode
+    is described by where it passed the wall (0: not at all).
     """
 
     stride, gap, half_gap, finish, reach = 0.08, 0.5, 0.15, 0.8, 0.15
@@ -414,11 +414,11 @@ class TwoGaps(gymnasium.Env[Observation, Any]):
 class Dodge(gymnasium.Env[Observation, Any]):
     """A point moves on by 0.05 a step, and steers to either side of what stands in its way.
 
-    From x = 0, y = 0; the action is the velocity along y, and y += 0.05 u with noise of deviation 0.005.
-    Touching what stands at 0.9 < x < 1.1, |y| < 0.35 ends the episode with 0; being past it is worth 1.
-    With a gripper there is a second number, which should be below 0 up to x = 0.5 and above 0 from there
-    on. An episode is described by its last y, and with a gripper by the steps that it was late (whoever
-    was never late enough to close has all steps from x = 0.5 on).
+    From x = 0, y = 0; the action is the velocity along y, and y += 0.05 u with noise of deviation
+    0.005. Touching what stands at 0.9 < x < 1.1, |y| < 0.35 ends the episode with 0; being past it is
+    worth 1. With a gripper there is a second number, which should be below 0 up to x = 0.5 and above 0
+    from there on. An episode is described by its last y, and with a gripper by the steps that it was
+    late (whoever was never late enough to close has all steps from x = 0.5 on).
     """
 
     stride, noise, target, drift = 0.05, 0.005, 0.6, 4.0

@@ -1,8 +1,8 @@
 """Policies that remember the episode that they are in: what they saw, what they are about to do.
 
 A memory is a value with one row an environment: `act` is handed one and gives the next, and the policy
-itself keeps no position. So one policy serves any number of environments, and an episode that begins is a
-row replaced.
+itself keeps no position. So one policy serves any number of environments, and an episode that begins is
+a row replaced.
 
 Such policies draw their actions. All draws of an episode follow from its seed and the time in it, so an
 episode does not depend on those that are played beside it.
@@ -40,9 +40,7 @@ class Remembering(Protocol):
         """Of episodes that nothing was seen of yet."""
         ...
 
-    def act(
-        self, obs: Float[Tensor, "n o"], memory: Memory
-    ) -> tuple[Float[Tensor, "n a"], Memory]:
+    def act(self, obs: Float[Tensor, "n o"], memory: Memory) -> tuple[Float[Tensor, "n a"], Memory]:
         """Actions in [-1, 1], and what is remembered from now on."""
         ...
 

@@ -1,10 +1,10 @@
 """Windows of consecutive steps of logged episodes, with goals that were reached later.
 
-    episode      o_0 a_0  o_1 a_1  ...  o_T-1 a_T-1
-    window       `length` steps in a row; up to `before` of them before the first one, up to `after`
-                 beyond the last one, where the nearest step of the episode stands in, and `mask` is False
-    goal         `goal_length` observations in a row, drawn uniformly from those of the same episode
-                 that lie strictly after the window
+episode      o_0 a_0  o_1 a_1  ...  o_T-1 a_T-1
+window       `length` steps in a row; up to `before` of them before the first one, up to `after`
+beyond the last one, where the nearest step of the episode stands in, and `mask` is False
+goal         `goal_length` observations in a row, drawn uniformly from those of the same episode
+that lie strictly after the window
 """
 
 from collections.abc import Iterator

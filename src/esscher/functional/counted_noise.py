@@ -1,7 +1,8 @@
 """Random numbers as functions of counters, for many streams at once.
 
-A policy that draws its actions needs noise that belongs to one episode, whatever other episodes are played
-beside it. Every number here is a hash of (seed, time, draw, component), computed for all rows together.
+A policy that draws its actions needs noise that belongs to one episode, whatever other episodes are
+played beside it. Every number here is a hash of (seed, time, draw, component), computed for all rows
+together.
 """
 
 import math
@@ -25,7 +26,8 @@ def counted_normal(
         draw: which of several draws at that time, >= 0; each has numbers of its own.
         shape: of one row.
 
-    Source: Steele et al. 2014, the mixing function of SplitMix64; the inverse of the normal distribution.
+    Source: Steele et al. 2014, the mixing function of SplitMix64; the inverse of the normal
+    distribution.
     """
     size = math.prod(shape)
     stream = _mixed(_mixed(seed + GOLDEN) + time * GOLDEN)

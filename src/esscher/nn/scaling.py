@@ -12,9 +12,9 @@ from esscher.errors import UserError
 class Scaling(nn.Module):
     """(x - shift) / scale by component, and back.
 
-    range: the data's smallest value becomes -1 and the largest 1; standard: mean 0 and deviation 1; none:
-    as it is, though bounds are taken. A component that never changes is left out of the scaling (it
-    becomes 0), or refused where that is asked for.
+    range: the data's smallest value becomes -1 and the largest 1; standard: mean 0 and deviation 1;
+    none: as it is, though bounds are taken. A component that never changes is left out of the scaling
+    (it becomes 0), or refused where that is asked for.
 
     Args:
         size: number of components.
@@ -86,7 +86,7 @@ class Scaling(nn.Module):
         """
         if not bool((self.scale > 0).all()):
             raise UserError(
-                f"the statistics of {self.what} are missing: train on data first, or load a run that was"
+                f"the statistics of {self.what} are missing: train on data first, or load a run"
             )
 
     def forward(self, x: Float[Tensor, "*s d"]) -> Float[Tensor, "*s d"]:

@@ -343,19 +343,21 @@ def _agent(policy: Controller, seed: int, stochastic: bool) -> Choose:
         seed_phase(mix(seed, COLLECT), iteration, Phase.ACT)
         obs, state = np.stack([copy.flat for copy in copies]), None
         if isinstance(policy.policy, Remembering):
-            for copy in copies:
-                if copy.memory is None:
-                    own = mix(seed, COLLECT, copy.number, 2)
-                    copy.memory = policy.policy.begin(torch.tensor([own]))
-            state = type(copies[0].memory).cat([copy.memory for copy in copies])
+            held = [copy.memory or _fresh_memory(policy.policy, copy, seed) for copy in copies]
+            state = held[0].cat(held)
         actions, state = policy.predict(obs, state=state, deterministic=not stochastic)
-        for place, copy in enumerate(copies if state is not None else ()):
-            copy.memory = state.index(slice(place, place + 1))
+        for place, copy in enumerate(copies):
+            copy.memory = state.index(slice(place, place + 1)) if state is not None else None
         if not np.isfinite(actions).all():
             raise UserError("the policy's action is not finite: training has diverged")
         return [_within(copy.env.action_space, a) for copy, a in zip(copies, actions, strict=True)]
 
     return choose
+
+
+def _fresh_memory(policy: Remembering, copy: _Copy, seed: int) -> Memory:
+    """Of the episode that the copy begins: its draws follow from (seed, number)."""
+    return policy.begin(torch.tensor([mix(seed, COLLECT, copy.number, 2)]))
 
 
 def _random(task: Env[Any, Any]) -> Choose:

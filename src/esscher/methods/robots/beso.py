@@ -29,16 +29,15 @@ Compared with other diffusion policies:
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from esscher.adapters.episodes import EpisodeRunner
 from esscher.distributions.goals import GoalColumns, Observed
-from esscher.distributions.remembering import Memory, Player
+from esscher.distributions.remembering import Memory
 from esscher.errors import require
 from esscher.experience import Dataset
 from esscher.experience.windows import WindowBatch, Windows
@@ -55,10 +54,8 @@ from esscher.functional.diffusion import (
 from esscher.method import Method, Paper, continuous_only
 from esscher.nn.scaling import Scaling
 from esscher.nn.transformer import Transformer, draw_small
-from esscher.proof import Check, Claim, Figures, FinishedRun, Proof, within
-from esscher.runtime.device import Runtime, RuntimeConfig
+from esscher.runtime.device import Runtime
 from esscher.runtime.optim import Optim, polyak
-from esscher.runtime.rng import Phase, seed_phase
 from esscher.samplers.denoisers import Condition, Counted, Denoiser, classifier_free
 from esscher.samplers.solvers import solve
 from esscher.types import Metrics, Spec, record
@@ -68,9 +65,9 @@ PAPER = Paper(
     year=2023,
     arxiv="2304.02532",
     sections="secs. III and IV",
-    purpose="A policy for goals, learned from play without rewards, that acts in three denoising steps.",
+    purpose="Reaching goals by imitation of play without rewards, in three denoising steps an action.",
     claim="A score-based diffusion policy learns multi-modal behaviour towards goals from play data, "
-    "with three denoising steps an action; classifier-free guidance makes it act with or without a goal.",
+    "with three denoising steps an action; guidance makes it act with or without a goal.",
 )
 
 Sampler = Literal["ddim", "euler", "heun", "dpmpp_2m", "euler_ancestral"]
@@ -91,7 +88,8 @@ class Config:
     window: int = 4
     """States and actions w that the network sees, >= 1 (block push: 5)."""
     goal_length: int = 2
-    """Observations g in a row that are a goal, >= 1 (block push: 1); the wanted goal stands in for all."""
+    """Observations g in a row that are a goal, >= 1 (block push: 1); the wanted goal stands in for
+    all."""
     width: int = 360
     """Of a token (block push: 240)."""
     layers: int = 6
@@ -103,7 +101,8 @@ class Config:
     residual_dropout: float = 0.0
     """In training, in [0, 1) (block push: 0.05)."""
     observation_scaling: Literal["standard", "range", "none"] = "standard"
-    """By the data's mean and deviation, by their range to [-1, 1], or not (the authors, in the kitchen)."""
+    """By the data's mean and deviation, by their range to [-1, 1], or not (the authors, in the
+    kitchen)."""
     action_scaling: Literal["standard", "range", "none"] = "none"
     """The same of actions, which lie in [-1, 1] to begin with: sigma_max suits about that size."""
     sigma_data: float = 0.5
@@ -118,8 +117,8 @@ class Config:
     """What is left out at once: a sample's goal. element: each number on its own, as the authors' code
     has it, where a goal that is all 0 is almost never seen in training."""
     guidance: float = 1.5
-    """Scale of the goal when acting, >= 0 (block push: 2): 0 without goal, 1 with it, above 1 amplified,
-    at two evaluations a step."""
+    """Scale of the goal when acting, >= 0 (block push: 2): 0 without goal, 1 with it, above 1
+    amplified, at two evaluations a step."""
     denoising_steps: int = 3
     """When acting, >= 1."""
     sampler: Sampler = "euler_ancestral"
@@ -169,9 +168,9 @@ class Config:
 class ActionDenoiser(nn.Module):
     """D, and in it the causal transformer F over [sigma, goals, s_1, a_1, ..., s_w, a_w].
 
-    Goals and states share one embedding: a goal about some entries of the state is a state that is 0 (the
-    data's mean) in all others. Positions are learned, and an action has that of its state. Conditions:
-    `state` "b w s", `goal` "b g k".
+    Goals and states share one embedding: a goal about some entries of the state is a state that is 0
+    (the data's mean) in all others. Positions are learned, and an action has that of its state.
+    Conditions: `state` "b w s", `goal` "b g k".
     """
 
     about_states: Tensor
@@ -338,7 +337,10 @@ class BesoPolicy(nn.Module):
         """
         for scaling in (self.observed.scaling, self.actions):
             scaling.check()
-        rows, slot = torch.arange(len(obs), device=obs.device), memory.time.clamp(max=self.window - 1)
+        rows, slot = (
+            torch.arange(len(obs), device=obs.device),
+            memory.time.clamp(max=self.window - 1),
+        )
         full = (memory.time >= self.window).view(-1, 1, 1)
         state = torch.where(full, memory.state.roll(-1, 1), memory.state)
         action = torch.where(full, memory.action.roll(-1, 1), memory.action)
@@ -387,9 +389,7 @@ class BesoPolicy(nn.Module):
         return x, counted.evaluations // count
 
 
-def held(
-    denoiser: Denoiser, known: Float[Tensor, "b *d"], mask: Bool[Tensor, "b *e"]
-) -> Denoiser:
+def held(denoiser: Denoiser, known: Float[Tensor, "b *d"], mask: Bool[Tensor, "b *e"]) -> Denoiser:
     """A denoiser that is shown the known parts clean, and says so, whatever became of them."""
 
     def clean(x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:

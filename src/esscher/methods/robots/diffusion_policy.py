@@ -1,7 +1,7 @@
 """Diffusion Policy: chunks of actions, drawn by denoising, given the last observations.
 
-Imitation of demonstrations that do the same thing in several ways. A network predicts the noise in a chunk
-of actions; acting draws a chunk by all of DDPM's levels and executes its first half, open loop.
+Imitation of demonstrations that do the same thing in several ways. A network predicts the noise in a
+chunk of actions; acting draws a chunk by all of DDPM's levels and executes its first half, open loop.
 
     loss = mean (eps_hat(sqrt(abar_k) A + sqrt(1 - abar_k) eps, k, O) - eps)^2
 
@@ -97,7 +97,8 @@ class Config:
     average_power: float = 0.75
     """The weights that act keep a share 1 - (1 + k)^-power of themselves at update k, >= 0."""
     mask_padding: bool = False
-    """Leave what lies outside of the episode out of the loss (the authors imitate the repeated step)."""
+    """Leave what lies outside of the episode out of the loss (the authors imitate the repeated
+    step)."""
     batch_size: int = 256
     """Chunks an update."""
 
