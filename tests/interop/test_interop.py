@@ -101,15 +101,18 @@ def test_stable_baselines_evaluates_untrained_policies(env: str, copies: int) ->
 class Watching(torch.nn.Module):
     """Remembers how long its episode is, and compares it with what the environment tells."""
 
-    def __init__(self) -> None:
+    def __init__(self, episodes: int) -> None:
         super().__init__()
+        self.episodes = episodes
         self.register_buffer("begun", torch.zeros(()))
 
     def begin(self, seed: torch.Tensor) -> Memory:
         return Memory(seed=seed, time=torch.zeros_like(seed), evaluations=torch.zeros_like(seed))
 
     def act(self, obs: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
-        assert torch.equal(obs[:, 1].long(), memory.time), "forgotten at the wrong moment"
+        counted = obs[:, 0] <= self.episodes  # The tool asks on, and hears no more of the others.
+        right = (obs[:, 1].long() == memory.time) | ~counted
+        assert bool(right.all()), "forgotten at the wrong moment"
         self.begun += (memory.time == 0).sum()
         return torch.zeros(len(obs), 1), replace(memory, time=memory.time + 1)
 
@@ -117,7 +120,7 @@ class Watching(torch.nn.Module):
 @pytest.mark.parametrize("copies", [1, 3])
 def test_stable_baselines_tells_a_memory_where_episodes_begin(copies: int) -> None:
     spec = Spec(obs_shape=(3,), action_shape=(1,), action_low=(-1.0,), action_high=(1.0,))
-    watching = Watching()
+    watching = Watching(12 // copies)
     vectorised = DummyVecEnv([toys.Countdown] * copies)
     vectorised.seed(0)
     _, lengths = evaluate_policy(
