@@ -3,7 +3,7 @@
 Use them like any other: `--data esscher.datasets:corridor`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -178,7 +178,8 @@ def combination_lock(horizon: int, episodes: int, **settings: Any) -> Columns:
 def two_gaps() -> Columns:
     """400 episodes of play in esscher.envs:TwoGaps, through either gap at random, to any goal.
 
-    Straight to the gap, through it, and straight to the goal, with noise of 0.1 on the velocity.
+    Straight on up to x = -0.3, to the gap, through it, and to the goal, with noise of 0.1 on the
+    velocity.
     """
     draw, env = np.random.default_rng(0), TwoGaps()
     side = 1.0
@@ -187,10 +188,12 @@ def two_gaps() -> Columns:
         nonlocal side
         if env.time == 0:
             side = float(draw.choice([-1.0, 1.0]))
-        x, _ = env.place
+        x, y = env.place
         gap = side * env.gap
-        if x < -0.1:
-            aim = np.array([-0.05, gap])
+        if x < -0.3:
+            aim = env.place + np.array([1.0, 0.0])
+        elif x < 0.05 and abs(y - gap) > 0.1:
+            aim = np.array([-0.1, gap])
         elif x < 0.05:
             aim = np.array([x + 1.0, gap])
         else:
@@ -202,7 +205,7 @@ def two_gaps() -> Columns:
 
 
 def dodge() -> Columns:
-    """500 episodes of an expert in esscher.envs:Dodge, on either side; see `_dodging`."""
+    """500 episodes of an expert in esscher.envs:Dodge, to either side; see `_dodging`."""
     return _dodging(Dodge())
 
 
@@ -219,30 +222,41 @@ def dodge_and_grip_scaled() -> Columns:
 
 
 def _dodging(env: Dodge) -> Columns:
-    """U = clip(4 (0.6 m - y), -1, 1) for a side m = +-1 that an episode keeps, with noise of 0.05."""
+    """The velocity clip(4 (0.6 m - y), -1, 1) for a side m = +-1 of each episode, with noise of 0.05.
+
+    They begin anywhere in 0 <= x <= 0.5, |y| < 0.3, so that wherever one is, both sides were chosen.
+    """
     draw = np.random.default_rng(0)
     side = 1.0
 
     def steer() -> NDArray[Any]:
         nonlocal side
-        if env.steps == 0:
+        if env.fresh:
             side = float(draw.choice([-1.0, 1.0]))
         wanted = np.clip(env.drift * (env.target * side - env.height), -1, 1)
         velocity = np.clip(wanted + 0.05 * draw.standard_normal(), -1, 1)
         grip = 1.0 if env.stride * env.steps >= env.closing - 1e-6 else -1.0
         return np.array([velocity, grip] if env.gripper else [velocity])
 
-    return _episodes(env, steer, 500)
+    starts = [
+        {"steps": int(draw.integers(11)), "height": float(draw.uniform(-0.3, 0.3))}
+        for _ in range(500)
+    ]
+    return _episodes(env, steer, 500, starts)
 
 
 def _episodes(
-    env: gymnasium.Env[Any, Any], behaviour: Callable[[], NDArray[Any]], count: int
+    env: gymnasium.Env[Any, Any],
+    behaviour: Callable[[], NDArray[Any]],
+    count: int,
+    options: Sequence[dict[str, Any]] = (),
 ) -> Columns:
-    """So many whole episodes."""
+    """So many whole episodes, each with its options of the reset, if there are any."""
     names = ("observations", "actions", "rewards", "next_observations")
     rows: dict[str, list[Any]] = {n: [] for n in (*names, "terminations", "truncations")}
     for episode in range(count):
-        obs, _ = env.reset(seed=0 if episode == 0 else None)
+        own = options[episode] if options else None
+        obs, _ = env.reset(seed=0 if episode == 0 else None, options=own)
         ended = False
         while not ended:
             action = behaviour().astype(np.float32)

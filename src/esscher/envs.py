@@ -414,7 +414,8 @@ class TwoGaps(gymnasium.Env[Observation, Any]):
 class Dodge(gymnasium.Env[Observation, Any]):
     """A point moves on by 0.05 a step, and steers to either side of what stands in its way.
 
-    From x = 0, y = 0; the action is the velocity along y, and y += 0.05 u with noise of deviation
+    From x = 0, y = 0 (or where the reset's options say: `steps`, `height`); the action is the velocity
+    along y, and y += 0.05 u with noise of deviation
     0.005. Touching what stands at 0.9 < x < 1.1, |y| < 0.35 ends the episode with 0; being past it is
     worth 1. With a gripper there is a second number, which should be below 0 up to x = 0.5 and above 0
     from there on. An episode is described by its last y, and with a gripper by the steps that it was
@@ -430,13 +431,15 @@ class Dodge(gymnasium.Env[Observation, Any]):
         self.observation_space = spaces.Box(-2.0, 2.0, (2,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (size,), np.float32)
         self.descriptor_space = spaces.Box(-2.0, 30.0, (size,), np.float32)
-        self.steps, self.height, self.late, self.closed = 0, 0.0, 0, False
+        self.steps, self.height, self.late, self.closed, self.fresh = 0, 0.0, 0, False, True
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         super().reset(seed=seed)
-        self.steps, self.height, self.late, self.closed = 0, 0.0, 0, False
+        start = options or {}
+        self.steps, self.height = int(start.get("steps", 0)), float(start.get("height", 0.0))
+        self.late, self.closed, self.fresh = 0, False, True
         return self._observe(), {}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -444,7 +447,7 @@ class Dodge(gymnasium.Env[Observation, Any]):
         if self.gripper and self._x >= self.closing - 1e-6:
             self.closed = self.closed or bool(action[1] > 0)
             self.late += not self.closed
-        self.steps += 1
+        self.steps, self.fresh = self.steps + 1, False
         drawn = float(self.np_random.normal(0.0, self.noise))
         self.height += self.stride * float(action[0]) + drawn
         inside = self.near < self._x < self.far - 1e-6
