@@ -108,6 +108,8 @@ class Config:
         require("obs_steps", self.obs_steps, 1 <= self.obs_steps <= self.horizon, "in [1, horizon]")
         require("executed", self.executed, 1 <= self.executed <= most, f"in [1, {most}]")
         require("levels", self.levels, self.levels >= 2, ">= 2")
+        positive = all(isinstance(width, int) and width >= 1 for width in self.hidden)
+        require("hidden", self.hidden, positive, "widths >= 1")
         for name in ("kernel", "groups"):
             require(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
         even = self.embedding >= 4 and self.embedding % 2 == 0
@@ -119,7 +121,8 @@ class Config:
         if self.network == "unet":
             divisor = 2 ** (len(self.channels) - 1)
             fits = self.horizon % divisor == 0
-            require("horizon", self.horizon, fits, f"a multiple of {divisor} for this U-Net")
+            told = f"a multiple of {divisor} with {len(self.channels)} channels"
+            require("horizon", self.horizon, fits, told)
 
 
 class ChunkMLP(nn.Module):

@@ -147,16 +147,15 @@ class RealTimeIteration(nn.Module):
     """A chunk model that goes on from its last plan.
 
     Args:
-        model: of chunks.
+        model: of chunks; with the linear noise schedule its levels are replaced.
         cfg: see there.
-        moments: of guesses and chunks, which suggest a level where `steps` is empty.
 
     Raises:
         UserError: a level that the model does not have, more executed than a chunk holds, or a discrete
             component that an action does not have.
     """
 
-    alpha_bars: Tensor
+    moments: Tensor
 
     def __init__(self, model: ChunkModel, cfg: Config):
         super().__init__()
@@ -170,8 +169,6 @@ class RealTimeIteration(nn.Module):
         self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))
         if cfg.noise_schedule == "linear":
             model.alpha_bars.copy_(alpha_bars("linear", model.levels))
-
-    moments: Tensor
 
     @property
     def suggested(self) -> int:
