@@ -4,14 +4,19 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from torch import Tensor
 
+from esscher.adapters.gymnasium import make
 from esscher.distributions.goals import GoalColumns, Observed
 from esscher.distributions.remembering import Player
 from esscher.errors import UserError
 from esscher.experience import Dataset
+from esscher.experiment import EnvConfig
 from esscher.methods.robots.beso import (
     ActionDenoiser,
     BesoPolicy,
@@ -325,3 +330,31 @@ def test_the_average_follows_with_its_warm_up() -> None:
     for batch in windows.batches(100):
         method.update(batch, 100)
     assert method.opt.learning_rate == pytest.approx(method.cfg.learning_rate * 0.99)
+
+
+class Reach(gymnasium.Env[Any, Any]):
+    """Observations in the form of Gymnasium-Robotics."""
+
+    def __init__(self) -> None:
+        place, more = (spaces.Box(-9, 9, (size,), np.float64) for size in (2, 3))
+        self.observation_space = spaces.Dict(
+            {"observation": more, "desired_goal": place, "achieved_goal": place}
+        )
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        return {
+            "observation": np.array([1.0, 2.0, 3.0]),
+            "desired_goal": np.array([4.0, 5.0]),
+            "achieved_goal": np.array([6.0, 7.0]),
+        }, {}
+
+
+def test_dictionaries_of_gymnasium_robotics_come_in_the_order_of_their_names() -> None:
+    obs, _ = make(EnvConfig(id=f"{__name__}:Reach")).reset()
+    flat = torch.from_numpy(obs).float().unsqueeze(0)
+    assert flat.tolist() == [[6, 7, 4, 5, 1, 2, 3]]
+    observed = Observed(7, GoalColumns((2, 3), (0, 1)), "none")
+    observed.scaling.as_is()
+    assert observed.state(flat).tolist() == [[6, 7, 1, 2, 3]]
+    assert observed.wanted(flat).tolist() == [[4, 5]]

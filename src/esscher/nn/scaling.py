@@ -1,6 +1,6 @@
 """Scaling of observations and actions by the statistics of the data that a policy learns from."""
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -44,11 +44,15 @@ class Scaling(nn.Module):
     @classmethod
     def identity(cls, size: int, what: str) -> "Scaling":
         """None at all, for values that are as a network wants them; bounds are -1 and 1."""
-        scaling = cls(size, "none", what)
-        scaling.scale.fill_(1.0)
-        scaling.low.fill_(-1.0)
-        scaling.high.fill_(1.0)
-        return scaling
+        return cls(size, "none", what).as_is()
+
+    def as_is(self) -> Self:
+        """Change nothing until the data were seen; bounds are -1 and 1."""
+        self.shift.zero_()
+        self.scale.fill_(1.0)
+        self.low.fill_(-1.0)
+        self.high.fill_(1.0)
+        return self
 
     @torch.no_grad()
     def fit(self, values: Float[Tensor, "b d"], *, constant: Literal["keep", "refuse"]) -> None:

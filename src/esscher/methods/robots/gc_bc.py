@@ -97,7 +97,9 @@ class GoalCloning(Method):
         observed = Observed(
             spec.obs_dim, GoalColumns(cfg.goal, cfg.achieved), cfg.observation_scaling
         )
-        actions = Scaling(spec.action_dim, "standard", "action")
+        # Defined from the start: a policy that becomes a graph cannot ask whether it has seen data.
+        observed.scaling.as_is()
+        actions = Scaling(spec.action_dim, "standard", "action").as_is()
         self.actor = MeanPolicy(observed, actions, cfg.hidden).to(runtime.device)
         self.opt = Optim(self.actor.net.parameters(), cfg.learning_rate)
         self._descend = runtime.graph(self.descend)
