@@ -188,12 +188,10 @@ def two_gaps() -> Columns:
         nonlocal side
         if env.time == 0:
             side = float(draw.choice([-1.0, 1.0]))
-        x, y = env.place
+        x, _ = env.place
         gap = side * env.gap
-        if x < -0.3:
-            aim = env.place + np.array([1.0, 0.0])
-        elif x < 0.05 and abs(y - gap) > 0.1:
-            aim = np.array([-0.1, gap])
+        if x < -0.1:
+            aim = np.array([-0.05, gap])
         elif x < 0.05:
             aim = np.array([x + 1.0, gap])
         else:

@@ -368,9 +368,9 @@ class TwoGaps(gymnasium.Env[Observation, Any]):
 
     It starts at x = -0.8 and |y| < 0.1; the wall stands at x = 0, its gaps lie at y = +-0.5 and are 0.3
     wide. Whoever touches the wall is out. At x = 0.8 the episode ends, and is worth 1 within 0.15 of
-    the wanted goal, one of four. Either gap leads to all of them, so play through both has two modes
-    that an average misses. An observation is the place and the goal, an action a velocity; an episode
-    is described by where it passed the wall (0: not at all).
+    the wanted goal, one of four. Either gap leads to all of them, so play through both has two modes.
+    An observation is the place and the goal, an action a velocity; an episode is described by where it
+    passed the wall (0: not at all).
     """
 
     stride, gap, half_gap, finish, reach = 0.08, 0.5, 0.15, 0.8, 0.15
