@@ -178,8 +178,7 @@ def combination_lock(horizon: int, episodes: int, **settings: Any) -> Columns:
 def two_gaps() -> Columns:
     """400 episodes of play in esscher.envs:TwoGaps, through either gap at random, to any goal.
 
-    Straight on up to x = -0.3, to the gap, through it, and to the goal, with noise of 0.1 on the
-    velocity.
+    Straight to the gap, through it, and straight to the goal, with noise of 0.1 on the velocity.
     """
     draw, env = np.random.default_rng(0), TwoGaps()
     side = 1.0
