@@ -159,6 +159,8 @@ def _eval(arguments: list[str]) -> int:
             raise UserError(f"{folder} cannot act in {env.id}: {name} is {there}, needs {here}")
     evaluation = evaluator(policy.policy)
     told: dict[str, Any] = evaluation.to_json()
+    if evaluation.extras:
+        told["milliseconds_per_step"] = evaluator.milliseconds
     if options.descriptor is not None:
         told["descriptor_mean"] = achieved_by(policy.policy, task, config, options.seed)
     if options.json:
@@ -171,6 +173,12 @@ def _eval(arguments: list[str]) -> int:
             f"{_count(options.episodes, 'episode')} "
             f"({low:,.1f} to {high:,.1f})"
         )
+        if evaluation.extras:
+            print(
+                f"{evaluation.extras['evaluations_per_action']:,.3g} network evaluations an action; "
+                f"{evaluator.milliseconds:,.3g} ms a step for all episodes together (--episodes 1: "
+                "for one)"
+            )
         if options.descriptor is not None:
             found = ", ".join(f"{x:.3g}" for x in told["descriptor_mean"])
             print(f"descriptor: {found} on average")

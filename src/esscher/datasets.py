@@ -3,7 +3,7 @@
 Use them like any other: `--data esscher.datasets:corridor`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from esscher.adapters.imports import needed
-from esscher.envs import Chain, CombinationLock, Corridor
+from esscher.envs import Chain, CombinationLock, Corridor, Dodge, TwoGaps
 from esscher.experience import Dataset
 from esscher.types import Transitions
 
@@ -173,6 +173,97 @@ def combination_lock(horizon: int, episodes: int, **settings: Any) -> Columns:
         return np.eye(env.num_latent_actions)[env.right[env.time, state]]
 
     return _rows(env, knowing, horizon * episodes)
+
+
+def two_gaps() -> Columns:
+    """400 episodes of play in esscher.envs:TwoGaps, through either gap at random, to any goal.
+
+    Straight to the gap, through it, and straight to the goal, with noise of 0.1 on the velocity.
+    """
+    draw, env = np.random.default_rng(0), TwoGaps()
+    side = 1.0
+
+    def play() -> NDArray[Any]:
+        nonlocal side
+        if env.time == 0:
+            side = float(draw.choice([-1.0, 1.0]))
+        x, _ = env.place
+        gap = side * env.gap
+        if x < -0.1:
+            aim = np.array([-0.05, gap])
+        elif x < 0.05:
+            aim = np.array([x + 1.0, gap])
+        else:
+            aim = np.array([env.finish, env.goal])
+        way = aim - env.place
+        return np.clip(way / np.linalg.norm(way) + 0.1 * draw.standard_normal(2), -1, 1)
+
+    return _episodes(env, play, 400)
+
+
+def dodge() -> Columns:
+    """500 episodes of an expert in esscher.envs:Dodge, to either side; see `_dodging`."""
+    return _dodging(Dodge())
+
+
+def dodge_and_grip() -> Columns:
+    """The same with the gripper, which is -1 up to x = 0.5 and 1 from there on."""
+    return _dodging(Dodge(gripper=True))
+
+
+def dodge_and_grip_scaled() -> Columns:
+    """The same with a tenth of the gripper's values, as RTI-DP-scale wants them."""
+    columns = dodge_and_grip()
+    columns["actions"][:, 1] /= 10
+    return columns
+
+
+def _dodging(env: Dodge) -> Columns:
+    """The velocity clip(4 (0.6 m - y), -1, 1) for a side m = +-1 of each episode, with noise of 0.05.
+
+    They begin anywhere in 0 <= x <= 0.5, |y| < 0.3, so that wherever one is, both sides were chosen.
+    """
+    draw = np.random.default_rng(0)
+    side = 1.0
+
+    def steer() -> NDArray[Any]:
+        nonlocal side
+        if env.fresh:
+            side = float(draw.choice([-1.0, 1.0]))
+        wanted = np.clip(env.drift * (env.target * side - env.height), -1, 1)
+        velocity = np.clip(wanted + 0.05 * draw.standard_normal(), -1, 1)
+        grip = 1.0 if env.stride * env.steps >= env.closing - 1e-6 else -1.0
+        return np.array([velocity, grip] if env.gripper else [velocity])
+
+    starts = [
+        {"steps": int(draw.integers(11)), "height": float(draw.uniform(-0.3, 0.3))}
+        for _ in range(500)
+    ]
+    return _episodes(env, steer, 500, starts)
+
+
+def _episodes(
+    env: gymnasium.Env[Any, Any],
+    behaviour: Callable[[], NDArray[Any]],
+    count: int,
+    options: Sequence[dict[str, Any]] = (),
+) -> Columns:
+    """So many whole episodes, each with its options of the reset, if there are any."""
+    names = ("observations", "actions", "rewards", "next_observations")
+    rows: dict[str, list[Any]] = {n: [] for n in (*names, "terminations", "truncations")}
+    for episode in range(count):
+        own = options[episode] if options else None
+        obs, _ = env.reset(seed=0 if episode == 0 else None, options=own)
+        ended = False
+        while not ended:
+            action = behaviour().astype(np.float32)
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            step = (obs, action, np.float32(reward), next_obs, terminated, truncated)
+            for column, value in zip(rows.values(), step, strict=True):
+                column.append(value)
+            obs, ended = next_obs, terminated or truncated
+    env.close()
+    return {name: np.array(column) for name, column in rows.items()}
 
 
 def digits() -> dict[str, Any]:

@@ -361,3 +361,105 @@ class AddToTen(_TwoRewards):
     """
 
     outcomes = ((((0.5, 0.0), (0.5, 10.0)),) * 2, (((1.0, 0.0),), ((1.0, 10.0),)))
+
+
+class TwoGaps(gymnasium.Env[Observation, Any]):
+    """A point goes from the left through one of two gaps in a wall to the goal that is wanted.
+
+    It starts at x = -0.8 and |y| < 0.1; the wall stands at x = 0, its gaps lie at y = +-0.5 and are 0.3
+    wide. Whoever touches the wall is out. At x = 0.8 the episode ends, and is worth 1 within 0.15 of
+    the wanted goal, one of four. Either gap leads to all of them, so play through both has two modes.
+    An observation is the place and the goal, an action a velocity; an episode is described by where it
+    passed the wall (0: not at all).
+    """
+
+    stride, gap, half_gap, finish, reach = 0.08, 0.5, 0.15, 0.8, 0.15
+    goals = (-0.6, -0.2, 0.2, 0.6)
+    goal_columns, place_columns = (2, 3), (0, 1)
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(-1.0, 1.0, (4,), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.descriptor_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+        self.place, self.goal, self.passed = np.zeros(2), 0.0, 0.0
+        self.time = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.place = np.array([-self.finish, self.np_random.uniform(-0.1, 0.1)])
+        self.goal, self.passed, self.time = float(self.np_random.choice(self.goals)), 0.0, 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        before = self.place
+        moved = before + self.stride * np.clip(np.asarray(action, np.float64), -1, 1)
+        self.place, self.time = np.clip(moved, -1, 1), self.time + 1
+        hit = False
+        if (before[0] < 0) != (self.place[0] < 0):
+            share = before[0] / (before[0] - self.place[0])
+            height = float(before[1] + share * (self.place[1] - before[1]))
+            hit = abs(abs(height) - self.gap) > self.half_gap
+            self.passed = 0.0 if hit else height
+        arrived = not hit and self.place[0] >= self.finish
+        reward = float(arrived and abs(self.place[1] - self.goal) < self.reach)
+        described = {"descriptor": np.array([self.passed], np.float32)}
+        return self._observe(), reward, bool(hit or arrived), self.time == 60, described
+
+    def _observe(self) -> Observation:
+        return np.array([*self.place, self.finish, self.goal], np.float32)
+
+
+class Dodge(gymnasium.Env[Observation, Any]):
+    """A point moves on by 0.05 a step, and steers to either side of what stands in its way.
+
+    From x = 0, y = 0 (or where the reset's options say: `steps`, `height`); the action is the velocity
+    along y, and y += 0.05 u with noise of deviation
+    0.005. Touching what stands at 0.9 < x < 1.1, |y| < 0.35 ends the episode with 0; being past it is
+    worth 1. With a gripper there is a second number, which should be below 0 up to x = 0.5 and above 0
+    from there on. An episode is described by its last y, and with a gripper by the steps that it was
+    late (whoever was never late enough to close has all steps from x = 0.5 on).
+    """
+
+    stride, noise, target, drift = 0.05, 0.005, 0.6, 4.0
+    near, far, half_width, closing = 0.9, 1.1, 0.35, 0.5
+
+    def __init__(self, gripper: bool = False):
+        size = 2 if gripper else 1
+        self.gripper = gripper
+        self.observation_space = spaces.Box(-2.0, 2.0, (2,), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (size,), np.float32)
+        self.descriptor_space = spaces.Box(-2.0, 30.0, (size,), np.float32)
+        self.steps, self.height, self.late, self.closed, self.fresh = 0, 0.0, 0, False, True
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        super().reset(seed=seed)
+        start = options or {}
+        self.steps, self.height = int(start.get("steps", 0)), float(start.get("height", 0.0))
+        self.late, self.closed, self.fresh = 0, False, True
+        return self._observe(), {}
+
+    def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        action = np.clip(np.asarray(action, np.float64), -1, 1)
+        if self.gripper and self._x >= self.closing - 1e-6:
+            self.closed = self.closed or bool(action[1] > 0)
+            self.late += not self.closed
+        self.steps, self.fresh = self.steps + 1, False
+        drawn = float(self.np_random.normal(0.0, self.noise))
+        self.height += self.stride * float(action[0]) + drawn
+        inside = self.near < self._x < self.far - 1e-6
+        hit = inside and abs(self.height) < self.half_width
+        past = self._x >= self.far - 1e-6
+        told = [self.height, self.late] if self.gripper else [self.height]
+        described = {"descriptor": np.array(told, np.float32)}
+        return self._observe(), float(past and not hit), bool(hit or past), False, described
+
+    @property
+    def _x(self) -> float:
+        return self.stride * self.steps
+
+    def _observe(self) -> Observation:
+        return np.array([self._x, self.height], np.float32)

@@ -383,8 +383,8 @@ class Experiment:
                 f"method.warmup {warmup} leaves nothing to learn in {steps} steps: lower "
                 "--method.warmup, or raise --steps"
             )
-        width = max(getattr(self.method, "hidden", ()), default=0) if control else 1024
-        width = self.method.width if kind.world == "sets" else width
+        widths = (*getattr(self.method, "hidden", ()), getattr(self.method, "width", 0))
+        width = max(widths) if kind.world in ("control", "sets") else 1024
         stages = tuple(_with_whole_paths(stage) for stage in self.stages)
         # A method may have settings of its own that name files.
         method = self.method.resolved() if hasattr(self.method, "resolved") else self.method

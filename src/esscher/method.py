@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from esscher.distributions.remembering import Player
 from esscher.errors import UserError
 from esscher.runtime.device import Runtime
 from esscher.runtime.state import Stateful
@@ -238,10 +238,8 @@ class Control(Learning, Actor, Protocol):
 def act_by(
     policy: nn.Module, obs: Float[Tensor, "n *o"], *, explore: bool
 ) -> Shaped[Tensor, "n *a"]:
-    """A sample of the policy's distribution, or its mode."""
-    with torch.no_grad():
-        distribution = policy(obs)
-        return distribution.sample() if explore else distribution.mode()
+    """A sample of the policy's distribution, or its mode; with a memory, the first of an episode."""
+    return Player(policy, explore=explore)(obs)
 
 
 def continuous_only(spec: Spec, slug: str) -> None:

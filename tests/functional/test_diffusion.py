@@ -1,10 +1,12 @@
 """Noise levels and steps against diffusers' schedulers, definitions and torch.distributions."""
 
 import importlib
+import math
 from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 
 from esscher.adapters.diffusers import levels_of, noise_table
 from esscher.functional.diffusion import (
@@ -13,14 +15,17 @@ from esscher.functional.diffusion import (
     denoised_of,
     edm_scalings,
     eps_of,
+    exponential_sigmas,
     gaussian_log_prob,
     input_scale,
     karras_sigmas,
+    linear_sigmas,
     multistep,
     reverse_kernel,
     sampling_timesteps,
     score_of,
     sigma_of_alpha_bar,
+    truncated_log_logistic,
 )
 
 diffusers: Any = importlib.import_module("diffusers")
@@ -291,3 +296,37 @@ def stepped(eta: float) -> Any:
 def test_refused(call: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         call()
+
+
+# ---- noise levels of continuous models
+
+
+def test_exponential_and_linear_levels() -> None:
+    # By hand: the geometric mean of 1 and 0.005 is sqrt(0.005), the arithmetic one 0.5025.
+    torch.testing.assert_close(
+        exponential_sigmas(3, 0.005, 1.0), torch.tensor([1.0, 0.0707107, 0.005]).double(),
+        rtol=1e-6, atol=1e-7,
+    )  # fmt: skip
+    torch.testing.assert_close(
+        linear_sigmas(3, 0.005, 1.0), torch.tensor([1.0, 0.5025, 0.005]).double()
+    )
+    for levels in (exponential_sigmas, linear_sigmas):
+        assert levels(1, 0.1, 2.0).tolist() == pytest.approx([2.0])
+        for bad in ((0, 0.1, 1.0), (3, 0.0, 1.0), (3, 1.0, 1.0)):
+            with pytest.raises(ValueError, match="0 < low < high"):
+                levels(*bad)
+
+
+def test_truncated_log_logistic_is_the_inverse_of_its_distribution() -> None:
+    loc, scale, low, high = math.log(0.5), 0.5, 0.005, 1.0
+    uniform = torch.linspace(0, 1, 101, dtype=torch.float64)
+    sigma = truncated_log_logistic(uniform, loc, scale, low, high)
+    law = stats.fisk(1 / scale, scale=math.exp(loc))
+    below, above = law.cdf([low, high])
+    expected = law.ppf(below + uniform.numpy() * (above - below))
+    torch.testing.assert_close(sigma, torch.from_numpy(expected), rtol=1e-9, atol=1e-12)
+    assert sigma[0] == pytest.approx(low) and sigma[-1] == pytest.approx(high)
+    single = truncated_log_logistic(torch.tensor([0.0, 0.999999]), loc, scale, low, high)
+    assert single.dtype == torch.float32 and (single >= low).all() and (single <= high).all()
+    with pytest.raises(ValueError, match="scale > 0"):
+        truncated_log_logistic(uniform, loc, 0.0, low, high)

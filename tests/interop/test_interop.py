@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import esscher
+import toys
+from esscher.adapters.chunk_models import load_chunk_model
 from esscher.controller import Controller
+from esscher.distributions.chunks import ChunkPolicy
+from esscher.distributions.remembering import Memory, Remembering
+from esscher.envs import Dodge
 from esscher.errors import UserError
 from esscher.types import Spec
 from support import Killed, die_after, learner, of_world, smoke, spec_of, train, train_until
@@ -92,6 +98,56 @@ def test_stable_baselines_evaluates_untrained_policies(env: str, copies: int) ->
         assert len(returns) == 4 and np.isfinite(returns).all() and max(lengths) <= 20
 
 
+class Watching(torch.nn.Module):
+    """Remembers how long its episode is, and compares it with what the environment tells."""
+
+    def __init__(self, episodes: int) -> None:
+        super().__init__()
+        self.episodes = episodes
+        self.register_buffer("begun", torch.zeros(()))
+
+    def begin(self, seed: torch.Tensor) -> Memory:
+        return Memory(seed=seed, time=torch.zeros_like(seed), evaluations=torch.zeros_like(seed))
+
+    def act(self, obs: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
+        counted = obs[:, 0] <= self.episodes  # The tool asks on, and hears no more of the others.
+        right = (obs[:, 1].long() == memory.time) | ~counted
+        assert bool(right.all()), "forgotten at the wrong moment"
+        self.begun += (memory.time == 0).sum()
+        return torch.zeros(len(obs), 1), replace(memory, time=memory.time + 1)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_stable_baselines_tells_a_memory_where_episodes_begin(copies: int) -> None:
+    spec = Spec(obs_shape=(3,), action_shape=(1,), action_low=(-1.0,), action_high=(1.0,))
+    watching = Watching(12 // copies)
+    vectorised = DummyVecEnv([toys.Countdown] * copies)
+    vectorised.seed(0)
+    _, lengths = evaluate_policy(
+        Controller(watching, spec),  # type: ignore[arg-type]
+        vectorised,
+        n_eval_episodes=12,
+        return_episode_rewards=True,
+        warn=False,
+    )
+    assert len(lengths) == 12 and len(set(lengths)) > 2
+    assert int(watching.begun) >= 12
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_stable_baselines_evaluates_policies_of_chunks(copies: int) -> None:
+    spec = Spec(obs_shape=(2,), action_shape=(1,), action_low=(-1.0,), action_high=(1.0,))
+    expert = load_chunk_model("esscher.chunk_models:dodge_expert", spec)
+    vectorised = DummyVecEnv([Dodge] * copies)
+    mean, _ = evaluate_policy(
+        Controller(ChunkPolicy(expert, 8), spec),  # type: ignore[arg-type]
+        vectorised,
+        n_eval_episodes=6,
+        warn=False,
+    )
+    assert mean == 1.0, "a chunk of the episode before would hit what stands there"
+
+
 # ---- the controller itself
 
 
@@ -139,11 +195,16 @@ def policy_for(slug: str, spec: Spec) -> torch.nn.Module | None:
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_acts_as_predict(slug: str, tmp_path: Path) -> None:
     choices = Spec(obs_shape=(5,), action_shape=(), num_actions=3, action_start=-1)
+    theirs = np.eye(2)
     policies = [Controller(p, spec) for spec in (SPEC, choices) if (p := policy_for(slug, spec))]
     if not policies:  # It needs a task that tells it more than its spaces.
         policies = [Controller(learner(slug).policy, spec_of(slug))]
     for number, policy in enumerate(policies):
         path = tmp_path / f"policy{number}.onnx"
+        if isinstance(policy.policy, Remembering):
+            with pytest.raises(UserError, match="remembers its episode"):
+                policy.to_onnx(path)
+            continue
         policy.to_onnx(path)
         assert [p.name for p in tmp_path.iterdir() if p.stem == path.stem] == [path.name]
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

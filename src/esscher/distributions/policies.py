@@ -1,6 +1,7 @@
 """Policies: networks that map observations to distributions over actions."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -73,6 +74,11 @@ class CategoricalPolicy(nn.Module):
 
     def forward(self, obs: Float[Tensor, "b o"]) -> Categorical:
         return Categorical(self.net(obs).float())
+
+
+def device_of(policy: nn.Module) -> torch.device:
+    """Where a policy computes, whether it has parameters or not."""
+    return next(chain(policy.parameters(), policy.buffers())).device
 
 
 class Deterministic:

@@ -100,6 +100,51 @@ def karras_sigmas(count: int, low: float, high: float, rho: float = 7.0) -> Floa
     return torch.linspace(*ends, count, dtype=torch.float64) ** rho
 
 
+def exponential_sigmas(count: int, low: float, high: float) -> Float[Tensor, "k"]:
+    """Noise levels from `high` to `low`, equally far apart as log sigma.
+
+    Raises: ValueError unless count >= 1 and 0 < low < high.
+    """
+    _check_levels(count, low, high)
+    return torch.linspace(math.log(high), math.log(low), count, dtype=torch.float64).exp()
+
+
+def linear_sigmas(count: int, low: float, high: float) -> Float[Tensor, "k"]:
+    """Noise levels from `high` to `low`, equally far apart.
+
+    Raises: ValueError unless count >= 1 and 0 < low < high.
+    """
+    _check_levels(count, low, high)
+    return torch.linspace(high, low, count, dtype=torch.float64)
+
+
+def _check_levels(count: int, low: float, high: float) -> None:
+    if count < 1 or not 0 < low < high:
+        raise ValueError(f"need count >= 1 and 0 < low < high, got {count}, {low}, {high}")
+
+
+def truncated_log_logistic(
+    uniform: Float[Tensor, "*s"], loc: float, scale: float, low: float, high: float
+) -> Float[Tensor, "*s"]:
+    """Noise levels whose logarithm is logistic, cut to [low, high]: the inverse distribution function.
+
+    P(sigma) = 1 / (1 + exp(-(log sigma - loc) / scale)), rescaled so that P(low) = 0 and P(high) = 1.
+
+    Args:
+        uniform: in [0, 1].
+        loc: of log sigma, nats.
+        scale: of log sigma, > 0.
+
+    Source: Reuss et al. 2023 (BESO, arXiv 2304.02532), the density of noise levels in training.
+    Raises: ValueError unless scale > 0 and 0 < low < high.
+    """
+    if not (scale > 0 and 0 < low < high):
+        raise ValueError(f"need scale > 0 and 0 < low < high, got {scale}, {low}, {high}")
+    ends = [1 / (1 + math.exp(-(math.log(level) - loc) / scale)) for level in (low, high)]
+    share = ends[0] + (ends[1] - ends[0]) * uniform.double()
+    return (loc + scale * (share / (1 - share)).log()).exp().clamp(low, high).to(uniform.dtype)
+
+
 def denoised_of(
     prediction: Prediction,
     output: Float[Tensor, "b *d"],

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from gymnasium import Env, spaces
 from gymnasium.wrappers import FlattenObservation
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from esscher import __version__
 from esscher.adapters.data import load_dataset, minari_path, open_minari
 from esscher.adapters.gymnasium import Environments, make
 from esscher.controller import Controller
+from esscher.distributions.remembering import Memory, Remembering
 from esscher.errors import UserError, require
 from esscher.experiment import EnvConfig, Experiment
 from esscher.registry import load_method
@@ -292,6 +294,7 @@ class _Copy:
         self.rewards: list[float] = []
         self.terminated = self.truncated = False
         self.options = options
+        self.memory: Memory | None = None
         self._note(self.env.reset(seed=self.seed, options=options)[0])
 
     def step(self, action: Any, limit: int) -> bool:
@@ -338,13 +341,23 @@ Choose = Callable[[Sequence[_Copy], int], Sequence[Any]]
 def _agent(policy: Controller, seed: int, stochastic: bool) -> Choose:
     def choose(copies: Sequence[_Copy], iteration: int) -> Sequence[Any]:
         seed_phase(mix(seed, COLLECT), iteration, Phase.ACT)
-        obs = np.stack([copy.flat for copy in copies])
-        actions, _ = policy.predict(obs, deterministic=not stochastic)
+        obs, state = np.stack([copy.flat for copy in copies]), None
+        if isinstance(policy.policy, Remembering):
+            held = [copy.memory or _fresh_memory(policy.policy, copy, seed) for copy in copies]
+            state = held[0].cat(held)
+        actions, state = policy.predict(obs, state=state, deterministic=not stochastic)
+        for place, copy in enumerate(copies):
+            copy.memory = state.index(slice(place, place + 1)) if state is not None else None
         if not np.isfinite(actions).all():
             raise UserError("the policy's action is not finite: training has diverged")
         return [_within(copy.env.action_space, a) for copy, a in zip(copies, actions, strict=True)]
 
     return choose
+
+
+def _fresh_memory(policy: Remembering, copy: _Copy, seed: int) -> Memory:
+    """Of the episode that the copy begins: its draws follow from (seed, number)."""
+    return policy.begin(torch.tensor([mix(seed, COLLECT, copy.number, 2)]))
 
 
 def _random(task: Env[Any, Any]) -> Choose:

@@ -1,5 +1,6 @@
 """Judge a policy by whole episodes in environments of its own."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import nn
 
 from esscher.adapters.episodes import EpisodeRunner
 from esscher.adapters.gymnasium import Environments
+from esscher.distributions.policies import device_of
+from esscher.distributions.remembering import Player
 from esscher.experiment import EnvConfig, EvaluationConfig
-from esscher.method import act_by
 from esscher.runtime.rng import Phase, seed_phase
 
 
@@ -66,8 +68,13 @@ class Evaluator:
     """One environment an episode, all stepped together so that the policy runs in batches.
 
     Every evaluation starts its episodes from the same seeds, which depend on the run's seed only,
-    and with what the policy names as its `reset_options`, if it has any.
+    and with what the policy names as its `reset_options`, if it has any. Of a policy with a memory it
+    also reports how often its network was asked for an action.
     """
+
+    milliseconds: float = 0.0
+    """That the policy took for the actions of all running episodes, a step on average, in the last
+    evaluation. Not a part of what is recorded, since a clock decides it."""
 
     def __init__(self, env: EnvConfig, config: EvaluationConfig, seed: int):
         copies = EnvConfig(
@@ -84,15 +91,20 @@ class Evaluator:
     def __call__(self, policy: nn.Module) -> Evaluation:
         """Run one episode in each environment."""
         config = self.config
-        device = next(policy.parameters()).device
+        device = device_of(policy)
         obs = self._envs.reset(0, getattr(policy, "reset_options", None))
         running = np.ones(config.episodes, bool)
         returns, lengths = np.zeros(config.episodes), np.zeros(config.episodes, np.int64)
         seed_phase(self._seed, 0, Phase.EVALUATE)
+        player, seconds = Player(policy, explore=not config.deterministic), 0.0
+        evaluations = np.zeros(config.episodes, np.int64)
         for step in range(config.step_limit):
-            action = act_by(
-                policy, torch.from_numpy(obs).to(device), explore=not config.deterministic
-            )
+            began = time.perf_counter()
+            action = player(torch.from_numpy(obs).to(device))
+            seconds += time.perf_counter() - began
+            if player.memory is not None:
+                asked = player.memory.evaluations.cpu().numpy()
+                evaluations = np.where(running, asked, evaluations)
             outcome = self._envs.step(action, step)
             returns += outcome.reward * running
             lengths += running
@@ -100,7 +112,11 @@ class Evaluator:
             obs = outcome.obs
             if not running.any():
                 break
-        return Evaluation(returns.tolist(), lengths.tolist())
+        self.milliseconds = 1000 * seconds / max(int(lengths.max()), 1)
+        extras: dict[str, float] = {}
+        if player.memory is not None:
+            extras["evaluations_per_action"] = float(evaluations.sum() / lengths.sum())
+        return Evaluation(returns.tolist(), lengths.tolist(), extras=extras)
 
     def close(self) -> None:
         self._envs.close()
@@ -112,8 +128,6 @@ def achieved_by(
     """Mean descriptor of whole episodes, in a task that describes them."""
     judge = EpisodeRunner(env, seed, config.step_limit)
     seed_phase(seed, 0, Phase.EVALUATE)
-    episodes = judge(
-        lambda obs: act_by(policy, obs, explore=not config.deterministic), config.episodes, 0
-    )
+    episodes = judge(Player(policy, explore=not config.deterministic), config.episodes, 0)
     judge.close()
     return episodes.descriptor.mean(0).tolist()
