@@ -446,8 +446,8 @@ def proof() -> Proof:
         "the method, and the variance of counting 200 draws is taken off its error. The paper's own "
         "loss explains the samples that the vector is made of: its optimum is the expected empirical "
         "measure given z, which is the Rao-Blackwell estimator where z is the total and the share of "
-        "zeros where z tells everything. So it cannot be better than Rao-Blackwell but for what z and G "
-        "leave out, and it is only when other samples are to be explained that the optimum is the "
+        "zeros where z tells everything. So it cannot be better than Rao-Blackwell but for what z and "
+        "G leave out, and it is only when other samples are to be explained that the optimum is the "
         "posterior mean. Both are judged by the sheet's rule.",
     )
 
