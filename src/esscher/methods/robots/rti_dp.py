@@ -269,16 +269,19 @@ class RTIDP(Method):
     def update(self, batch: WindowBatch, step: int) -> Metrics:
         model, executed = self.acting.model, self.cfg.executed
         seed = torch.randint(2**62, (len(batch),), device=batch.obs.device)
-        none = torch.zeros_like(seed)
-        chunks = []
+        told = []
         for start in (0, executed):
             obs = batch.obs[:, start : start + model.obs_steps]
-            told = model.condition(model.observed.state(obs), model.observed.wanted(obs[:, -1]))
-            # The same noise for both, so that they are draws of one mode.
-            chunks.append(
-                model.draw(told, lambda k: counted_normal(seed, none, k, model.chunk_shape))
-            )
-        return self._measure(shifted(chunks[0], executed), chunks[1])
+            state, goal = model.observed.state(obs), model.observed.wanted(obs[:, -1])
+            told.append(model.condition(state, goal))
+
+        def noise(draw: int) -> Tensor:
+            """The same for both, so that they are draws of one mode."""
+            one = counted_normal(seed, torch.zeros_like(seed), draw, model.chunk_shape)
+            return torch.cat([one, one])
+
+        before, after = model.draw(torch.cat(told), noise).chunk(2)
+        return self._measure(shifted(before, executed), after)
 
     def measure(self, guess: Float[Tensor, "b h a"], chunk: Float[Tensor, "b h a"]) -> Metrics:
         """Take a guess, and what full denoising makes of the same moment, into the means."""
