@@ -138,7 +138,7 @@ def warm_start(
 
 
 def deviations(kept: Float[Tensor, "k"], moments: Float[Tensor, "3"]) -> Float[Tensor, "k"]:
-    """E |G - sqrt(abar_k) A|^2 at every level, from the means of |G|^2, <G, A> and |A|^2."""
+    """E |G - sqrt(abar_k) A|^2 at every level, from the means of |G|^2, <G, A> and |A|^2; or sums."""
     guess, product, chunk = moments
     return guess - 2 * kept.sqrt() * product + kept * chunk
 
@@ -249,7 +249,8 @@ class RTIDP(Method):
             )
         model = load_chunk_model(cfg.policy, spec).requires_grad_(False).eval()
         self.acting = RealTimeIteration(model, cfg).to(runtime.device)
-        self.count = torch.zeros((), dtype=torch.float64, device=runtime.device)
+        # Of one element: a graph would take a double without axes for a number, and not change it.
+        self.count = torch.zeros(1, dtype=torch.float64, device=runtime.device)
         self._measure = runtime.graph(self.measure)
 
     @property
@@ -284,12 +285,13 @@ class RTIDP(Method):
         return self._measure(shifted(before, executed), after)
 
     def measure(self, guess: Float[Tensor, "b h a"], chunk: Float[Tensor, "b h a"]) -> Metrics:
-        """Take a guess, and what full denoising makes of the same moment, into the means."""
+        """Take a guess, and what full denoising makes of the same moment, into the sums."""
         pairs = ((guess, guess), (guess, chunk), (chunk, chunk))
         found = torch.stack([(a.double() * b.double()).flatten(1).sum(-1).mean() for a, b in pairs])
-        self.count.add_(1)
-        self.acting.moments.add_((found - self.acting.moments) / self.count)
-        apart = deviations(self.acting.model.alpha_bars, self.acting.moments)
+        totals, count = self.acting.moments + found, self.count + 1
+        apart = deviations(self.acting.model.alpha_bars, totals / count)
+        self.acting.moments.copy_(totals)
+        self.count.copy_(count)
         return {
             "suggested_level": apart.argmin().float(),
             "deviation": apart.min().float(),
