@@ -12,8 +12,10 @@ from gymnasium import spaces
 from torch import Tensor
 
 from esscher.adapters.gymnasium import make
+from esscher.datasets import two_gaps
 from esscher.distributions.goals import GoalColumns, Observed
 from esscher.distributions.remembering import Player
+from esscher.envs import TwoGaps
 from esscher.errors import UserError
 from esscher.experience import Dataset
 from esscher.experiment import EnvConfig
@@ -358,3 +360,41 @@ def test_dictionaries_of_gymnasium_robotics_come_in_the_order_of_their_names() -
     observed.scaling.as_is()
     assert observed.state(flat).tolist() == [[6, 7, 1, 2, 3]]
     assert observed.wanted(flat).tolist() == [[4, 5]]
+
+
+def through(env: TwoGaps, *waypoints: tuple[float, float]) -> tuple[float, bool, float, int]:
+    """Reward, whether it ended, where it passed the wall, and steps."""
+    reward, ended, passed, steps = 0.0, False, 0.0, 0
+    for waypoint in waypoints:
+        while not ended and np.linalg.norm(np.array(waypoint) - env.place) > 0.05 and steps < 60:
+            way = np.array(waypoint) - env.place
+            action = np.clip(way / max(np.linalg.norm(way), 0.08), -1, 1)
+            _, reward, terminated, truncated, info = env.step(action)
+            ended, passed = terminated or truncated, float(info["descriptor"][0])
+            steps += 1
+    return reward, ended, passed, steps
+
+
+def test_the_wall_stops_all_but_the_gaps_and_the_wanted_goal_pays() -> None:
+    env = TwoGaps()
+    obs, _ = env.reset(seed=0)
+    goal = float(obs[3])
+    assert through(env, (0.9, 0.0))[:3] == (0.0, True, 0.0)
+    for side in (-1.0, 1.0):
+        env.reset(seed=0)
+        reward, ended, passed, _ = through(env, (-0.05, side * 0.5), (0.1, side * 0.5), (0.9, goal))
+        assert (reward, ended) == (1.0, True) and passed == pytest.approx(side * 0.5, abs=0.05)
+        env.reset(seed=0)
+        other = goal + 0.4 if goal < 0.5 else goal - 0.4
+        reward, ended, _, _ = through(env, (-0.05, side * 0.5), (0.1, side * 0.5), (0.9, other))
+        assert (reward, ended) == (0.0, True)
+
+
+def test_play_takes_either_gap_to_every_goal() -> None:
+    columns = two_gaps()
+    obs, following = columns["observations"], columns["next_observations"]
+    crossing = (obs[:, 0] < 0) & (following[:, 0] >= 0)
+    assert crossing.sum() == 400 and columns["rewards"].sum() == 400
+    assert 0.4 < (following[crossing, 1] > 0).mean() < 0.6
+    ends = following[columns["terminations"], 1]
+    assert all(0.15 < (np.abs(ends - goal) < 0.15).mean() < 0.35 for goal in TwoGaps.goals)

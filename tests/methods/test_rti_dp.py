@@ -4,14 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import esscher
 from esscher.adapters.chunk_models import load_chunk_model
+from esscher.datasets import dodge, dodge_and_grip_scaled
 from esscher.distributions.chunks import ChunkModel
 from esscher.distributions.remembering import Player
+from esscher.envs import Dodge
 from esscher.errors import UserError
 from esscher.functional.diffusion import alpha_bars
 from esscher.methods.robots.rti_dp import (
@@ -161,7 +164,7 @@ def test_updates_measure_and_leave_the_network_alone() -> None:
     # With the same noise the chunk of the next step is the old one, moved on.
     guess, product, chunk = method.acting.moments.tolist()
     assert product / (guess * chunk) ** 0.5 > 0.95
-    assert 0 <= told["suggested_level"] < 40 and method.count == 3
+    assert 0 <= told["suggested_level"] < 40 and method.count.tolist() == [3]
 
 
 def test_the_schedule_of_the_authors_evaluation() -> None:
@@ -206,3 +209,33 @@ def test_what_does_not_fit_the_policy_is_refused(changes: Any, message: str) -> 
 def test_every_recipe_names_a_policy() -> None:
     for recipe in recipes("rti_dp").values():
         assert recipe().method.policy is not None
+
+
+def passed(action: list[float], gripper: bool = False) -> tuple[float, int, list[float]]:
+    env = Dodge(gripper=gripper)
+    env.reset(seed=0)
+    for step in range(1, 40):
+        _, reward, ended, _, info = env.step(np.array(action, np.float32))
+        if ended:
+            return reward, step, info["descriptor"].tolist()
+    raise AssertionError("it never ends")
+
+
+def test_what_stands_in_the_way_is_hit_or_dodged() -> None:
+    assert passed([0.0])[:2] == (0.0, 19), "0.95 is the first x inside"
+    for side in (-1.0, 1.0):
+        reward, steps, (height,) = passed([side])
+        assert (reward, steps) == (1.0, 22) and height == pytest.approx(1.1 * side, abs=0.1)
+    # From x = 0.5 on, the action of step 11 is the first that should close: 12 steps are left.
+    assert passed([1.0, -1.0], gripper=True)[2][1] == 12
+    assert passed([1.0, 1.0], gripper=True)[2][1] == 0
+
+
+def test_experts_choose_both_sides_wherever_they_are() -> None:
+    columns = dodge()
+    obs, action = columns["observations"], columns["actions"][:, 0]
+    for low in (0.0, 0.25, 0.5):
+        near = (np.abs(obs[:, 1]) < 0.1) & (obs[:, 0] >= low) & (obs[:, 0] < low + 0.25)
+        assert near.sum() > 100 and 0.3 < (action[near] > 0).mean() < 0.7
+    scaled = dodge_and_grip_scaled()["actions"]
+    assert sorted(set(np.abs(scaled[:, 1]).round(6))) == [pytest.approx(0.1)]

@@ -44,8 +44,7 @@ def load_chunk_model(source: str, spec: Spec) -> ChunkModel:
         raise UserError(
             f"policy {source!r} is no run folder here, and no module:function: give one of them"
         )
-    columns = len(model.observed.state_columns) + len(model.observed.wanted_columns)
-    sizes = (columns, len(model.actions.shift))
+    sizes = (model.observed.obs_dim, len(model.actions.shift))
     if sizes != (spec.obs_dim, spec.action_dim):
         raise UserError(
             f"policy {source} is for observations of {sizes[0]} and actions of {sizes[1]} numbers, "

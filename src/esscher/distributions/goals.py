@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -51,22 +50,16 @@ class Observed(nn.Module):
         how: the scaling; entries that never change become 0.
     """
 
-    state_columns: Tensor
-    wanted_columns: Tensor
-    about_states: Tensor
-    """Place, within the state, of each entry that goals are about."""
-
     def __init__(
         self, obs_dim: int, columns: GoalColumns, how: Literal["range", "standard", "none"]
     ):
         super().__init__()
         columns.check(obs_dim)
         states = [column for column in range(obs_dim) if column not in columns.wanted]
-        self.state_dim, self.goal_dim = len(states), len(columns.wanted)
-        about = [states.index(column) for column in columns.about]
-        self.register_buffer("state_columns", torch.tensor(states, dtype=torch.long))
-        self.register_buffer("wanted_columns", torch.tensor(columns.wanted, dtype=torch.long))
-        self.register_buffer("about_states", torch.tensor(about, dtype=torch.long))
+        self.obs_dim, self.state_dim, self.goal_dim = obs_dim, len(states), len(columns.wanted)
+        self.state_columns, self.wanted_columns = states, list(columns.wanted)
+        self.about_states = [states.index(column) for column in columns.about]
+        """Place, within the state, of each entry that goals are about."""
         self.scaling = Scaling(len(states), how, "observation")
 
     def fit(self, obs: Float[Tensor, "b o"]) -> None:

@@ -178,13 +178,11 @@ class ActionDenoiser(nn.Module):
     Conditions: `state` "b w s", `goal` "b g k".
     """
 
-    about_states: Tensor
-
     def __init__(self, observed: Observed, action_dim: int, cfg: Config):
         super().__init__()
         self.sigma_data, self.state_dim = cfg.sigma_data, observed.state_dim
         self.goal_tokens = cfg.goal_length if observed.goal_dim else 0
-        self.register_buffer("about_states", observed.about_states.clone())
+        self.about_states = observed.about_states
         self.of_sigma, self.of_state = nn.Linear(1, cfg.width), nn.Linear(self.state_dim, cfg.width)
         self.of_action = nn.Linear(action_dim, cfg.width)
         self.positions = nn.Parameter(torch.zeros(self.goal_tokens + cfg.window, cfg.width))
@@ -222,7 +220,7 @@ class ActionDenoiser(nn.Module):
         tokens = [self.of_sigma(noise.view(-1, 1, 1))]
         if self.goal_tokens:
             whole = goal.new_zeros(*goal.shape[:2], self.state_dim)
-            whole = whole.index_copy(-1, self.about_states, goal)
+            whole[..., self.about_states] = goal
             tokens.append(self.of_state(whole) + self.positions[: self.goal_tokens])
         pairs = torch.stack([self.of_state(state) + steps, self.of_action(action) + steps], 2)
         tokens.append(pairs.flatten(1, 2))

@@ -138,7 +138,7 @@ def warm_start(
 
 
 def deviations(kept: Float[Tensor, "k"], moments: Float[Tensor, "3"]) -> Float[Tensor, "k"]:
-    """E |G - sqrt(abar_k) A|^2 at every level, from the means of |G|^2, <G, A> and |A|^2."""
+    """E |G - sqrt(abar_k) A|^2 at every level, from the means of |G|^2, <G, A> and |A|^2; or sums."""
     guess, product, chunk = moments
     return guess - 2 * kept.sqrt() * product + kept * chunk
 
@@ -249,7 +249,8 @@ class RTIDP(Method):
             )
         model = load_chunk_model(cfg.policy, spec).requires_grad_(False).eval()
         self.acting = RealTimeIteration(model, cfg).to(runtime.device)
-        self.count = torch.zeros((), dtype=torch.float64, device=runtime.device)
+        # Of one element: a graph would take a double without axes for a number, and not change it.
+        self.count = torch.zeros(1, dtype=torch.float64, device=runtime.device)
         self._measure = runtime.graph(self.measure)
 
     @property
@@ -269,24 +270,28 @@ class RTIDP(Method):
     def update(self, batch: WindowBatch, step: int) -> Metrics:
         model, executed = self.acting.model, self.cfg.executed
         seed = torch.randint(2**62, (len(batch),), device=batch.obs.device)
-        none = torch.zeros_like(seed)
-        chunks = []
+        told = []
         for start in (0, executed):
             obs = batch.obs[:, start : start + model.obs_steps]
-            told = model.condition(model.observed.state(obs), model.observed.wanted(obs[:, -1]))
-            # The same noise for both, so that they are draws of one mode.
-            chunks.append(
-                model.draw(told, lambda k: counted_normal(seed, none, k, model.chunk_shape))
-            )
-        return self._measure(shifted(chunks[0], executed), chunks[1])
+            state, goal = model.observed.state(obs), model.observed.wanted(obs[:, -1])
+            told.append(model.condition(state, goal))
+
+        def noise(draw: int) -> Tensor:
+            """The same for both, so that they are draws of one mode."""
+            one = counted_normal(seed, torch.zeros_like(seed), draw, model.chunk_shape)
+            return torch.cat([one, one])
+
+        before, after = model.draw(torch.cat(told), noise).chunk(2)
+        return self._measure(shifted(before, executed), after)
 
     def measure(self, guess: Float[Tensor, "b h a"], chunk: Float[Tensor, "b h a"]) -> Metrics:
-        """Take a guess, and what full denoising makes of the same moment, into the means."""
+        """Take a guess, and what full denoising makes of the same moment, into the sums."""
         pairs = ((guess, guess), (guess, chunk), (chunk, chunk))
         found = torch.stack([(a.double() * b.double()).flatten(1).sum(-1).mean() for a, b in pairs])
-        self.count.add_(1)
-        self.acting.moments.add_((found - self.acting.moments) / self.count)
-        apart = deviations(self.acting.model.alpha_bars, self.acting.moments)
+        totals, count = self.acting.moments + found, self.count + 1
+        apart = deviations(self.acting.model.alpha_bars, totals / count)
+        self.acting.moments.copy_(totals)
+        self.count.copy_(count)
         return {
             "suggested_level": apart.argmin().float(),
             "deviation": apart.min().float(),
