@@ -117,7 +117,7 @@ def test_the_kernel_mean_estimates_the_kernel():
     x, y = sets(1, 1, 3), sets(1, 1, 3, seed=5) * 0.5
     found = (model(x) * model(y)).sum().item() * 2 / 40_000
     assert found == pytest.approx(math.exp(-(x - y).square().sum().item() / (2 * 0.49)), abs=0.02)
-    assert [name for name, _ in model.named_parameters()] == ["body.log_bandwidth"]
+    assert [name for name, _ in model.named_parameters()] == ["body.bandwidth"]
 
 
 def by_hand(mlp, x):

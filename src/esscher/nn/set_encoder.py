@@ -124,7 +124,8 @@ class Projection(nn.Module):
 
 
 class FourierFeatures(nn.Module):
-    """[cos(x W / g), sin(x W / g)], W fixed and standard normal, g trained through its logarithm.
+    """[cos(x W / g), sin(x W / g)], W fixed and standard normal, g trained as it is: by its logarithm
+    it would hardly leave 0.1, where samples of unit scale all seem equally far apart.
 
     Times sqrt(2 / l), inner products of two samples' features estimate exp(-|x - y|^2 / (2 g^2)); it is
     left out, as the authors do.
@@ -139,10 +140,10 @@ class FourierFeatures(nn.Module):
         if latent % 2:
             raise ValueError(f"kernel_mean needs an even latent size, got {latent}")
         self.register_buffer("weight", torch.randn(dim, latent // 2))
-        self.log_bandwidth = nn.Parameter(torch.tensor(math.log(bandwidth)))
+        self.bandwidth = nn.Parameter(torch.tensor(bandwidth))
 
     def forward(self, x: Float[Tensor, "b m d"], mask: Mask) -> Float[Tensor, "b m l"]:
-        angle = x @ self.weight / self.log_bandwidth.exp()
+        angle = x @ self.weight / self.bandwidth.clamp(min=1e-3)
         return torch.cat([angle.cos(), angle.sin()], -1)
 
 
