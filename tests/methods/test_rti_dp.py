@@ -152,7 +152,7 @@ def test_deviations_by_hand_and_the_level_that_they_suggest() -> None:
 
 
 def test_updates_measure_and_leave_the_network_alone() -> None:
-    method = learner("rti_dp")
+    method = learner("rti_dp", policy=EXPERT)
     before = {k: v.clone() for k, v in method.acting.model.state_dict().items()}
     windows = store(method, data_of("rti_dp"))
     torch.manual_seed(0)
@@ -203,7 +203,7 @@ def test_a_run_of_diffusion_policy_is_made_fast(tmp_path: Path) -> None:
 )
 def test_what_does_not_fit_the_policy_is_refused(changes: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        learner("rti_dp", SPEC, **changes)
+        learner("rti_dp", SPEC, **{"policy": EXPERT, **changes})
 
 
 def test_every_recipe_names_a_policy() -> None:

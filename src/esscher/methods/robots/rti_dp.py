@@ -304,7 +304,7 @@ class RTIDP(Method):
 def smoke() -> Experiment:
     """A few measurements with the exact denoiser of an expert: does everything run?"""
     return Experiment.of(
-        Config(policy=EXPERT, batch_size=4),
+        Config(policy="esscher.chunk_models:quick_dodge_expert", batch_size=4),
         env=EnvConfig(id=DODGE),
         data="esscher.datasets:dodge",
         steps=8,
