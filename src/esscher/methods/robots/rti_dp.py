@@ -346,8 +346,8 @@ def proof() -> Proof:
             ),
             Claim(
                 name="learned denoiser",
-                statement="The same with a network that learned from 500 episodes of the expert, at a "
-                "tenth of the time an action or less.",
+                statement="The same order with a network that learned from 500 episodes of the expert, "
+                "at a tenth of the time an action or less.",
                 arms={"diffusion policy": lambda seed: _learned("dodge")},
                 measure=_learned_figures,
                 judge=_judge_learned,
@@ -491,8 +491,8 @@ def _judge_learned(figures: Figures) -> list[Check]:
             Check(
                 f"success over full, 1 action, seed {seed}",
                 success - steps,
-                ">= 0.5",
-                success - steps >= 0.5,
+                "> 0",
+                success > steps,
             ),
             within(f"share above, seed {seed}", found["above, rti"][seed], 0.4, 0.6),
             Check(f"times faster, seed {seed}", faster, ">= 10", faster >= 10),
