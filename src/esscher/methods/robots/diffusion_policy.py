@@ -283,3 +283,23 @@ def smoke() -> Experiment:
         steps=200,
         evaluation=EvaluationConfig(every=100, episodes=2, step_limit=20),
     )
+
+
+def dodge() -> Experiment:
+    """A perceptron that learns to pass an obstacle on either side, in a minute or two."""
+    return Experiment.of(
+        Config(
+            network="mlp",
+            hidden=(128, 128),
+            horizon=8,
+            obs_steps=1,
+            executed=8,
+            levels=50,
+            embedding=32,
+            learning_rate=1e-3,
+        ),
+        env=EnvConfig(id="esscher.envs:Dodge"),
+        data="esscher.datasets:dodge",
+        steps=10_000,
+        evaluation=EvaluationConfig(every=5_000, episodes=100, deterministic=False),
+    )

@@ -56,7 +56,7 @@ from esscher.functional.counted_noise import counted_normal
 from esscher.functional.diffusion import alpha_bars
 from esscher.method import Method, Paper, continuous_only
 from esscher.proof import Check, Claim, Figures, FinishedRun, Proof, within
-from esscher.registry import load_method
+from esscher.registry import load_module
 from esscher.runtime.device import Runtime, RuntimeConfig
 from esscher.runtime.rng import Phase, seed_phase
 from esscher.types import Metrics, Spec
@@ -387,22 +387,16 @@ def _exact(cfg: Config) -> Experiment:
 
 def _learned(data: str) -> Experiment:
     gripper = data != "dodge"
-    cfg = load_method("diffusion_policy").Config(
-        network="mlp",
-        hidden=(128, 128),
-        horizon=8,
-        obs_steps=1,
-        executed=8,
-        levels=50,
-        embedding=32,
-        learning_rate=1e-3,
-        unscaled=(1,) if gripper else (),
-    )
-    return Experiment.of(
-        cfg,
+    recipe = load_module("diffusion_policy").dodge()
+    stage = replace(
+        recipe.stages[-1],
         env=EnvConfig(id=DODGE, kwargs={"gripper": True} if gripper else {}),
         data=f"esscher.datasets:{data}",
-        steps=10_000,
+    )
+    return replace(
+        recipe,
+        method=replace(recipe.method, unscaled=(1,) if gripper else ()),
+        stages=(stage,),
         evaluation=EvaluationConfig(every=0, episodes=10),
         runtime=RuntimeConfig(device="cpu", threads=1, graph="eager"),
     )
