@@ -280,7 +280,7 @@ def test_deployed_it_draws_as_when_it_was_saved(slug: str, tmp_path: Path) -> No
         assert all(torch.equal(a, b) for a, b in same)
     elif saved.exists():
         state = load_tensors((saved / "model.safetensors").read_bytes())
-        assert differences(state, one.policy.model.state_dict()) == []
+        assert differences(state, one.policy.model.denoiser.state_dict()) == []
 
 
 @pytest.mark.parametrize("slug", SETS)
