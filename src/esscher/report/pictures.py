@@ -126,8 +126,12 @@ def _real_and_drawn(axes: Any, real: np.ndarray, drawn: np.ndarray, spec: Any) -
             np.concatenate(list(part[:4].reshape(-1, height, width)), axis=-1)
             for part in (real, drawn)
         ]
-        axes.imshow(np.concatenate(halves), cmap="gray", vmin=real.min(), vmax=real.max())
-        axes.set_axis_off()
+        low, high = real.min(), real.max()
+        gap = np.full((1, halves[0].shape[1]), high)
+        axes.imshow(np.concatenate([halves[0], gap, halves[1]]), cmap="gray", vmin=low, vmax=high)
+        axes.set_xticks([])
+        middle = (height - 1) / 2
+        axes.set_yticks([middle, middle + height + 1], ["real", "drawn"])
         return
     if real.shape[1] == 1:
         bins = np.histogram_bin_edges(np.concatenate([real, drawn]), 20)
