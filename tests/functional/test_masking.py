@@ -29,13 +29,16 @@ def test_shares_fall_from_all_to_none() -> None:
 
 def test_budgets_are_those_of_the_paper() -> None:
     """7 dimensions, chunks of 8, 12 rounds."""
-    assert mask_budgets("cosine", 56, 12) == [55, 54, 51, 48, 44, 39, 34, 28, 21, 14, 7, 0]
-    assert mask_budgets("linear", 10, 4) == [7, 5, 2, 0]
-    assert mask_budgets("cosine", 4, 1) == [0]
+    found = mask_budgets("cosine", torch.tensor([56, 4]), 12)
+    assert found[0].tolist() == [55, 54, 51, 48, 44, 39, 34, 28, 21, 14, 7, 0]
+    assert found[1].tolist() == [3, 3, 3, 3, 3, 2, 2, 2, 1, 1, 0, 0]
+    assert mask_budgets("linear", torch.tensor(10), 4).tolist() == [7, 5, 2, 0]
+    assert mask_budgets("cosine", torch.tensor(4), 1).tolist() == [0]
     # A half of even lengths is whole: nothing may be lost to rounding.
-    assert [mask_budgets("cosine", n, 3)[1] for n in (2, 4, 6, 30)] == [1, 2, 3, 15]
+    even = torch.tensor([2, 4, 6, 30])
+    assert mask_budgets("cosine", even, 3)[:, 1].tolist() == [1, 2, 3, 15]
     with pytest.raises(ValueError, match="rounds"):
-        mask_budgets("cosine", 4, 0)
+        mask_budgets("cosine", torch.tensor(4), 0)
 
 
 def test_at_least_one_and_at_most_all_are_masked() -> None:

@@ -110,6 +110,22 @@ def test_a_token_that_turns_out_wrong_is_taken_back(remask: str) -> None:
     assert decoded(predict, 1, 4, remask=remask, **options).tolist() == [[1, 1, 1, 1]]
 
 
+def test_kept_tokens_compete_with_what_is_left_of_the_rounds() -> None:
+    """Two places in four rounds of the linear schedule: one is masked until the third. The first place
+    is kept for its 0.9; when the second has 0.8, 0.9 x 1/2 is less, and the first goes back.
+    """
+    asked: list[list[int]] = []
+
+    def predict(tokens: Tensor) -> Tensor:
+        asked.append(tokens[0].tolist())
+        p = torch.tensor([0.9, 0.6 if len(asked) == 1 else 0.8])
+        return torch.stack([p.log(), (1 - p).log()], -1).unsqueeze(0)
+
+    options: dict[str, Any] = {"temperature": 0.0, "choice_temperature": 0.0, "schedule": "linear"}
+    decoded(predict, 1, 2, rounds=4, remask="scale", **options)
+    assert asked == [[MASK, MASK], [0, MASK], [MASK, 0], [0, 0]]
+
+
 @pytest.mark.parametrize(
     "options", [{"rounds": 0}, {"temperature": -1.0}, {"choice_temperature": -0.1}, {"eta": 1.5}]
 )

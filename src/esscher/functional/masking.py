@@ -31,18 +31,20 @@ def mask_counts(schedule: MaskSchedule, time: Float[Tensor, "b"], length: int) -
     return (mask_share(schedule, time) * length).round().long().clamp(1, length)
 
 
-def mask_budgets(schedule: MaskSchedule, length: int, rounds: int) -> list[int]:
-    """How many tokens are still masked after each round of decoding, floor(length x share); 0 at last.
+def mask_budgets(
+    schedule: MaskSchedule, lengths: Int[Tensor, "*b"], rounds: int
+) -> Int[Tensor, "*b t"]:
+    """How many of so many tokens are still masked after each round of decoding, floor(length x share);
+    0 after the last.
 
     Source: MaskGIT, sec. 3.2; Discrete Diffusion VLA (arXiv 2508.20072), its decoder.
     Raises: ValueError unless rounds >= 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be >= 1, got {rounds}")
-    time = torch.arange(1, rounds + 1, dtype=torch.float64) / rounds
-    left = (mask_share(schedule, time) * length + 1e-9).floor().long()
-    left[-1] = 0
-    return left.tolist()
+    time = torch.arange(1, rounds + 1, dtype=torch.float64, device=lengths.device) / rounds
+    # Products that are whole must not be lost to rounding; cos(pi / 2) is a little above 0.
+    return (mask_share(schedule, time) * lengths.unsqueeze(-1) + 1e-9).floor().long()
 
 
 def places_of_least(score: Float[Tensor, "b l"], counts: Int[Tensor, "b"]) -> Bool[Tensor, "b l"]:

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from esscher.functional.reductions import masked_mean, masked_sum
 from esscher.nn.mlp import MLP
 
 SetEncoderKind = Literal[
@@ -206,14 +207,12 @@ class AttentionBody(nn.Module):
 
 def mean_over(h: Float[Tensor, "b m h"], mask: Mask) -> Float[Tensor, "b h"]:
     """Over the samples that are there."""
-    if mask is None:
-        return h.mean(1)
-    return sum_over(h, mask) / mask.sum(1, keepdim=True)
+    return h.mean(1) if mask is None else masked_mean(h, _of_each(mask, h), dim=1)
 
 
 def sum_over(h: Float[Tensor, "b m h"], mask: Mask) -> Float[Tensor, "b h"]:
     """Over the samples that are there."""
-    return h.sum(1) if mask is None else torch.where(mask.unsqueeze(-1), h, 0).sum(1)
+    return h.sum(1) if mask is None else masked_sum(h, _of_each(mask, h), dim=1)
 
 
 def median_over(h: Float[Tensor, "b m h"], mask: Mask) -> Float[Tensor, "b h"]:
@@ -223,6 +222,10 @@ def median_over(h: Float[Tensor, "b m h"], mask: Mask) -> Float[Tensor, "b h"]:
     if mask is None:
         return h.median(1).values
     return h.masked_fill(~mask.unsqueeze(-1), torch.nan).nanmedian(1).values
+
+
+def _of_each(mask: Bool[Tensor, "b m"], h: Float[Tensor, "b m h"]) -> Bool[Tensor, "b m h"]:
+    return mask.unsqueeze(-1).expand_as(h)
 
 
 def _beside(h: Float[Tensor, "b m h"], pooled: Float[Tensor, "b h"]) -> Float[Tensor, "b m g"]:

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from esscher.functional.diffusion import alpha_bars, denoised_of, reverse_kernel, sigma_of_alpha_bar
+from esscher.functional.reductions import masked_mean
 from esscher.functional.transport import (
     mmd_terms,
     random_directions,
@@ -36,9 +37,7 @@ Noise = Callable[[int], Tensor]
 
 def mean_of_sets(terms: Float[Tensor, "b m"], mask: Mask) -> Float[Tensor, "b"]:
     """Of each set, over the samples that are there."""
-    if mask is None:
-        return terms.mean(1)
-    return torch.where(mask, terms, 0).sum(1) / mask.sum(1)
+    return terms.mean(1) if mask is None else masked_mean(terms, mask, dim=1)
 
 
 def _with(z: Float[Tensor, "b l"], *parts: Float[Tensor, "b m _"]) -> Float[Tensor, "b m _"]:

@@ -74,39 +74,26 @@ def decode_masked(
 
     Source: Discrete Diffusion VLA (arXiv 2508.20072), decoding; MaskGIT, sec. 3.2.
     """
-    tokens, rounds = start.clone(), decoding.rounds
-    wanted = start == mask_token
+    tokens, rounds, wanted = start, decoding.rounds, start == mask_token
     at_drawing = torch.zeros(start.shape, device=start.device)
-    lengths = wanted.sum(-1)
-    budgets = [mask_budgets(decoding.schedule, n, rounds) for n in range(int(lengths.max()) + 1)]
-    left = torch.tensor(budgets, device=start.device)[lengths]
+    left = mask_budgets(decoding.schedule, wanted.sum(-1), rounds)
     for turn in range(rounds):
-        last = turn == rounds - 1
-        remaining = 1 - (turn + 1) / rounds
-        masked = tokens == mask_token
+        masked, remaining = tokens == mask_token, 1 - (turn + 1) / rounds
         probability = predict(tokens).float().softmax(-1)
-        drawn = torch.where(masked, _drawn(probability, _temperature(decoding, turn)), tokens)
-        if last:
-            return drawn
+        temperature = decoding.temperature * (remaining if decoding.annealed else 1)
+        drawn = torch.where(masked, _drawn(probability, temperature), tokens)
+        if turn == rounds - 1:
+            break
         sure = _score(probability, drawn, decoding.score) if critic is None else critic(drawn)
         at_drawing = torch.where(masked, sure, at_drawing)
-        rank = sure
-        if decoding.remask == "scale":
-            rank = torch.where(masked, rank, rank * remaining)
+        compete = wanted if decoding.remask == "scale" else masked
+        rank = torch.where(masked, sure, sure * remaining).log()
         gumbel = -torch.empty_like(rank).exponential_().log()
-        rank = rank.log() + decoding.choice_temperature * remaining * gumbel
-        # Who may be masked: nothing that was given; what was kept before only where it competes.
-        fixed = ~wanted if decoding.remask == "scale" else ~masked
-        out = places_of_least(rank.masked_fill(fixed, torch.inf), left[:, turn]) & ~fixed
-        out |= _doubtful(sure, at_drawing, turn, decoding) & wanted
-        tokens = drawn.masked_fill(out, mask_token)
-    raise AssertionError("there is a last round")
-
-
-def _temperature(decoding: MaskedDecoding, turn: int) -> float:
-    if not decoding.annealed:
-        return decoding.temperature
-    return decoding.temperature * (1 - (turn + 1) / decoding.rounds)
+        rank = rank + decoding.choice_temperature * remaining * gumbel
+        out = places_of_least(rank.masked_fill(~compete, torch.inf), left[:, turn])
+        out |= _doubtful(sure, at_drawing, turn, decoding)
+        tokens = drawn.masked_fill(out & wanted, mask_token)
+    return drawn
 
 
 def _drawn(probability: Float[Tensor, "b l k"], temperature: float) -> Int[Tensor, "b l"]:

@@ -350,7 +350,7 @@ def gaussians() -> Experiment:
 
 
 def digits() -> Experiment:
-    """Mixtures of handwritten 0, 1 and 2 by a variational autoencoder: under a minute."""
+    """Mixtures of handwritten 0, 1 and 2 by a variational autoencoder: about a minute."""
     return replace(
         Experiment.of(
             Config(
