@@ -80,6 +80,21 @@ def test_the_surest_places_come_first_and_the_budget_is_kept() -> None:
     assert asked[2][0].tolist() == [MASK, MASK, 0, 0]
 
 
+@pytest.mark.parametrize(("score", "kept"), [("likeliest", 0), ("gap", 1)])
+def test_the_gap_is_to_the_second(score: Any, kept: int) -> None:
+    """0.45 against 0.44 is likelier, and 0.4 against 0.3 is further ahead."""
+    asked: list[Tensor] = []
+
+    def predict(tokens: Tensor) -> Tensor:
+        asked.append(tokens)
+        return torch.tensor([[[0.45, 0.44, 0.11], [0.4, 0.3, 0.3]]]).log()
+
+    options: dict[str, Any] = {"temperature": 0.0, "choice_temperature": 0.0, "schedule": "linear"}
+    decoding = MaskedDecoding(rounds=2, score=score, **options)
+    decode_masked(predict, torch.tensor([[3, 3]]), 3, decoding)
+    assert (asked[1][0] != 3).tolist() == [kept == 0, kept == 1]
+
+
 def test_temperatures_sharpen_what_is_drawn() -> None:
     """P = (0.8, 0.2): at 1 the model itself, at 1/2 (16, 1) / 17, annealed to the likeliest."""
 

@@ -83,6 +83,7 @@ def decode_masked(
         temperature = decoding.temperature * (remaining if decoding.annealed else 1)
         drawn = torch.where(masked, _drawn(probability, temperature), tokens)
         if turn == rounds - 1:
+            tokens = drawn
             break
         sure = _score(probability, drawn, decoding.score) if critic is None else critic(drawn)
         at_drawing = torch.where(masked, sure, at_drawing)
@@ -93,7 +94,7 @@ def decode_masked(
         out = places_of_least(rank.masked_fill(~compete, torch.inf), left[:, turn])
         out |= _doubtful(sure, at_drawing, turn, decoding)
         tokens = drawn.masked_fill(out & wanted, mask_token)
-    return drawn
+    return tokens
 
 
 def _drawn(probability: Float[Tensor, "b l k"], temperature: float) -> Int[Tensor, "b l"]:
