@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from esscher.errors import require
 
-
 SHORT = 8
 """Steps of a sequence up to which a convolution is faster as a matrix product."""
 
