@@ -1,7 +1,7 @@
 """Steps a second of a task that is slow to step: copies in turn, in processes, as Ray's actors.
 
-The task is Pendulum with a wait of 20 ms a step, as a simulator behind a socket has it; 8 copies. All in
-one run, in turn, after ten steps that are not counted; the median over repetitions.
+The task is Pendulum with a wait of 20 ms a step, as a simulator behind a socket has it; 8 copies. All
+in one run, in turn, after ten steps that are not counted; the median over repetitions.
 
     python benchmarks/slow_environments.py          writes benchmarks/slow_environments.json
 """

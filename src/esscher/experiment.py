@@ -515,8 +515,8 @@ def _check_robots(slug: str, stage: Stage) -> None:
         )
     if stage.data is None:
         raise UserError(
-            f"{slug} learns from demonstrations with images: give --data FOLDER in LeRobot's layout, or "
-            "module:function (esscher data collect metaworld:reach-v3 --images 64 makes some)"
+            f"{slug} learns from demonstrations with images: give --data FOLDER in LeRobot's layout, "
+            "or module:function (esscher data collect metaworld:reach-v3 --images 64 makes some)"
         )
 
 
