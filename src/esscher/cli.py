@@ -191,9 +191,14 @@ def _eval_model(folder: Path, arguments: list[str]) -> int:
     from esscher.runtime.load import evaluate_model
 
     config = EvaluationConfig(episodes=options.episodes, deterministic=not options.stochastic)
-    loaded, evaluation = evaluate_model(folder, config, step=options.step)
+    if options.tasks and _world_of_run(folder) != "robots":
+        raise UserError(f"--tasks says where robots are judged, and {folder} trained none")
+    loaded, evaluation = evaluate_model(folder, config, step=options.step, tasks=options.tasks)
     if options.json:
-        print(json.dumps(evaluation.to_json() | {"samples": evaluation.samples}))
+        told = evaluation.to_json() | {"samples": evaluation.samples}
+        if evaluation.milliseconds is not None:
+            told["milliseconds_per_chunk"] = evaluation.milliseconds
+        print(json.dumps(told))
         return 0
     print(
         f"{loaded.experiment.name} on {loaded.experiment.subject}, checkpoint of step "
@@ -202,11 +207,16 @@ def _eval_model(folder: Path, arguments: list[str]) -> int:
     )
     for name, value in evaluation.extras.items():
         print(f"  {name.removesuffix('_mean').replace('_', ' ')}: {value:,.4g}")
+    if evaluation.milliseconds is not None:
+        print(
+            f"  {evaluation.milliseconds:,.4g} ms a chunk of actions, for all episodes side by side "
+            "(--episodes 1: for one)"
+        )
     return 0
 
 
 def _judged_by(folder: Path) -> str:
-    return "population" if _world_of_run(folder) == "sets" else "row"
+    return {"sets": "population", "robots": "episode"}.get(_world_of_run(folder), "row")
 
 
 def _sample(arguments: list[str]) -> int:
@@ -220,7 +230,7 @@ def _sample(arguments: list[str]) -> int:
         return _draw_populations(folder, options)
     if world != "language":
         raise UserError(
-            f"{folder} trained a controller: esscher eval {folder} plays episodes with it"
+            f"{folder} trained {SUBJECTS[world]}: esscher eval {folder} plays episodes with it"
         )
     from esscher.runtime.load import load
 
@@ -339,6 +349,11 @@ def _compare(arguments: list[str]) -> int:
         "diffusion": _compare_painters_options,
     }
     world = _world(slugs[0]) if slugs else "control"
+    if world == "robots":
+        raise UserError(
+            f"{slugs[0]} is the only method for robots that see: esscher sweep {slugs[0]} --data "
+            "FOLDER --grid method.head=masked,autoregressive,diffusion,regression compares its heads"
+        )
     if world == "sets":
         raise UserError(
             f"{slugs[0]} is the only method about populations: esscher sweep {slugs[0]} --data FILE "
@@ -399,6 +414,11 @@ def _export(arguments: list[str]) -> int:
     from esscher.runtime.load import load
 
     world = _world_of_run(folder)
+    if world == "robots":
+        raise UserError(
+            f"{folder} trained a robot's policy: esscher.load({str(folder)!r}).policy acts, and "
+            f"{folder}/model holds what it sees with"
+        )
     if world == "sets":
         raise UserError(
             f"{folder} embeds populations: {folder}/embeddings.csv lists their vectors, and "
@@ -589,11 +609,14 @@ class EvalOptions:
 @dataclass
 class EvalModelOptions:
     episodes: int = 32
-    """Rows or populations to judge, of those held out; of a diffusion model, samples to draw."""
+    """Rows or populations to judge, of those held out; of a diffusion model, samples to draw; of a
+    robot, episodes of each task."""
     step: int | None = None
     """Checkpoint to judge; by default the newest."""
     stochastic: bool = False
     """Where completions are rewarded: sample them instead of taking the likeliest tokens."""
+    tasks: tuple[str, ...] = ()
+    """Of a robot: other tasks to judge it in; by default those of its run."""
     json: bool = False
     """Print one JSON object, samples included, for scripts."""
 
@@ -840,6 +863,7 @@ STAGE_PARTS = {
     "language": ("model", "text"),
     "diffusion": ("model", "image"),
     "sets": ("sets",),
+    "robots": ("model", "robot"),
 }
 DATA_HELP = {
     "control": "Logged steps to learn from: minari:NAME, FILE.hdf5 (D4RL), FOLDER of .npz, or "
@@ -851,12 +875,14 @@ DATA_HELP = {
     "those: besides, a FOLDER of images or FILE.npz.",
     "sets": "Samples of populations, a row each, with a column set_id: FILE.parquet, FILE.csv, "
     "FILE.npz, a FOLDER saved by datasets or of images, or module:function (see docs/data.md).",
+    "robots": "Demonstrations with images: a FOLDER in LeRobot's layout, or module:function.",
 }
 STEPS_HELP = {
     "control": "Environment steps, counted over all parallel copies.",
     "language": "Updates, or iterations of writing and learning.",
     "diffusion": "Updates, or iterations of drawing and learning.",
     "sets": "Updates.",
+    "robots": "Updates.",
 }
 
 
@@ -937,7 +963,7 @@ def _in_full(arguments: list[str], values: dict[str, Any]) -> list[str]:
     """Short options as long ones: --model X is --model.source X, --beta is --method.beta."""
     groups = {
         name: {f.name for f in dataclasses.fields(values[name][0])}
-        for name in ("method", "text", "image", "sets", "model")
+        for name in ("method", "text", "image", "sets", "robot", "model")
         if name in values
     }
     full = []

@@ -82,6 +82,7 @@ OWN_TASK = {
     "rows": "--model FOLDER --data ROWS.jsonl` with a column prompt or label (or "
     "`--image.labels 0 1`), `--reward module:function --steps ITERATIONS",
     "sets": "--data POPULATIONS.parquet` with a column set_id, `--steps UPDATES",
+    "robots": "--model FOLDER --data DEMONSTRATIONS` in LeRobot's layout, `--steps UPDATES",
     "samples": "--model FOLDER --data FOLDER_OF_IMAGES --steps UPDATES",
     "prompts": "--model FOLDER --data PROMPTS.jsonl --reward module:function` (or "
     "`--task reasoning_gym:NAME` in place of both), `--steps ITERATIONS",
@@ -108,8 +109,8 @@ def _own_task(module: ast.Module) -> str:
     said = _literals(module)
     if said.get("world") == "diffusion":
         return OWN_TASK["samples" if said.get("loop") == "offline" else "rows"]
-    if said.get("world") == "sets":
-        return OWN_TASK["sets"]
+    if said.get("world") in ("sets", "robots"):
+        return OWN_TASK[said["world"]]
     language = said.get("world") == "language"
     return OWN_TASK[said.get("rows", "demonstrations") if language else "control"]
 
