@@ -157,36 +157,59 @@ def _mujoco() -> Any:
 
 
 class _Renderer:
-    """Draws what a camera sees, upright."""
+    """Draws what a camera sees, upright.
+
+    MuJoCo's own Renderer would not end quietly where a machine cannot draw.
+    """
 
     def __init__(self, model: Any, size: tuple[int, int]):
-        self._mujoco = _mujoco()
-        model.vis.quality.offsamples = 0
-        model.vis.quality.shadowsize = 0
-        model.vis.global_.offheight = max(model.vis.global_.offheight, size[0])
-        model.vis.global_.offwidth = max(model.vis.global_.offwidth, size[1])
+        self._mujoco = mujoco = _mujoco()
+        self._model, self._size = model, size
+        model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
+        model.vis.global_.offheight, model.vis.global_.offwidth = size
         try:
-            self._renderer = self._mujoco.Renderer(model, *size)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Of a window system that is not there.
+                self._context = mujoco.GLContext(size[1], size[0])
+                self._context.make_current()
+                self._drawing = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         except Exception as error:  # OpenGL's own, of many kinds.
             raise _cannot_draw(error) from error
-        flags = self._mujoco.mjtRndFlag
-        self._off = [int(flags.mjRND_SHADOW), int(flags.mjRND_REFLECTION)]
-        self._close = self._mujoco.MjvCamera()
-        for name, value in CLOSE_VIEW.items():
-            setattr(self._close, name, value)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._drawing)
+        self._scene = mujoco.MjvScene(model, maxgeom=1000)
+        self._options, self._camera = mujoco.MjvOption(), mujoco.MjvCamera()
+        flags = mujoco.mjtRndFlag
+        self._off = int(flags.mjRND_SHADOW), int(flags.mjRND_REFLECTION)
 
     def draw(self, data: Any, camera: str) -> NDArray[np.uint8]:
         """One image, h w 3."""
-        scene = self._close if camera == CLOSE else camera
-        self._renderer.update_scene(data, camera=scene)
-        self._renderer.scene.flags[self._off] = 0
-        image = self._renderer.render()
-        # Some of the model's cameras hang upside down.
+        mujoco, view = self._mujoco, self._camera
+        view.type = mujoco.mjtCamera.mjCAMERA_FREE
+        if camera == CLOSE:
+            for name, value in CLOSE_VIEW.items():
+                setattr(view, name, value)
+        else:
+            view.type = mujoco.mjtCamera.mjCAMERA_FIXED
+            view.fixedcamid = self._model.camera(camera).id
+        self._context.make_current()
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(
+            self._model, data, self._options, None, view, everything, self._scene
+        )
+        for flag in self._off:
+            self._scene.flags[flag] = 0
+        image = np.empty((*self._size, 3), np.uint8)
+        area = mujoco.MjrRect(0, 0, self._size[1], self._size[0])
+        mujoco.mjr_render(area, self._scene, self._drawing)
+        mujoco.mjr_readPixels(image, None, area, self._drawing)
+        # OpenGL counts rows from below; some of the model's cameras hang upside down besides.
         hangs = camera != CLOSE and data.camera(camera).xmat[7] < -0.1
-        return image[::-1, ::-1].copy() if hangs else image
+        return image[:, ::-1].copy() if hangs else image[::-1].copy()
 
     def close(self) -> None:
-        self._renderer.close()
+        self._context.make_current()
+        self._drawing.free()
+        self._context.free()
 
 
 def _cannot_draw(error: Exception) -> UserError:
