@@ -472,9 +472,11 @@ def _data(arguments: list[str]) -> int:
 
 
 def _data_collect(arguments: list[str]) -> int:
-    """Act with a run's policy and write what happens: esscher data collect RUN --out NAME."""
-    usage = "esscher data collect RUN --out NAME"
+    """Act with a run's policy, or a task's expert, and write it: esscher data collect RUN|TASK."""
+    usage = "esscher data collect RUN --out NAME, or: esscher data collect TASK ... --out FOLDER"
     wants_help = arguments[:1] in (["-h"], ["--help"])  # The options are the same for every run.
+    if arguments and ":" in arguments[0] and not Path(arguments[0]).exists():
+        return _data_demonstrate(arguments)
     folder = Path("RUN" if wants_help else _positional(arguments, usage, "RUN"))
     options = _parse(_collect_options(), arguments, "esscher data collect RUN")
     if options.stochastic and options.deterministic:
@@ -495,6 +497,44 @@ def _data_collect(arguments: list[str]) -> int:
         ),
         options.out,
     )
+
+
+def _data_demonstrate(arguments: list[str]) -> int:
+    """Let experts act: esscher data collect metaworld:TASK ... --images 64 --out FOLDER."""
+    tasks = []
+    while arguments and not arguments[0].startswith("-"):
+        tasks.append(arguments.pop(0))
+    options = _parse(_demonstration_options(), arguments, "esscher data collect TASK ...")
+    if len(options.images) > 2:
+        raise UserError(f"--images takes one number or rows and columns, got {options.images}")
+    from esscher.runtime.demonstrate import Plan, demonstrate
+
+    size = (options.images[0], options.images[-1]) if options.images else None
+    plan = Plan(
+        tasks=tuple(tasks),
+        episodes=options.episodes,
+        images=size,
+        cameras=options.cameras,
+        noise=options.noise,
+        seed=options.seed,
+        keep_failures=options.keep_failures,
+        kwargs=options.kwargs,
+    )
+    try:
+        written = demonstrate(plan, options.out)
+    except KeyboardInterrupt:
+        print(
+            "esscher: stopped; what was finished is kept, and the same command goes on",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    episodes = len(written.lengths)
+    data = written.path if size else f"minari:{written.name}"
+    print(
+        f"{written.name}: {_count(episodes, 'episode')}, {written.steps:,} steps, {written.solved} "
+        f"solved their task; {_count(written.dropped, 'failed attempt')} dropped\ndata: {data}"
+    )
+    return 0
 
 
 def _data_combine(arguments: list[str]) -> int:
@@ -518,6 +558,15 @@ def _data_show(arguments: list[str]) -> int:
     from rich.table import Table
 
     from esscher.adapters.data import describe, load_dataset
+    from esscher.adapters.lerobot import describe_scenes, is_lerobot, read_scenes
+
+    if is_lerobot(source):
+        scenes = read_scenes(source)
+        table = Table(title=scenes.name, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+        for label, value in describe_scenes(scenes).items():
+            table.add_row(label, value)
+        _console().print(table)
+        return 0
 
     spec = None
     if options.env.id is not None:
@@ -697,6 +746,34 @@ class SweepExtras:
     """Runs at a time; 0: processors divided by threads a run."""
     retries: int = 1
     """How often a failed run is resumed."""
+
+
+def _demonstration_options() -> type:
+    from tyro.conf import FlagCreatePairsOff
+
+    @dataclass
+    class DemonstrationOptions:
+        out: str
+        """With --images a new folder, in the layout of LeRobot; else the name of a new Minari set, such as
+        reach/expert-v0. The same command goes on where it was stopped."""
+        episodes: int = 50
+        """Of each task."""
+        images: tuple[int, ...] = ()
+        """Size of the images, or rows and columns; without it only states are collected, and then those
+        of the objects and the goal as well."""
+        cameras: tuple[str, ...] = ()
+        """Which, by default the task's own."""
+        noise: float = 0.0
+        """Standard deviation of what is added to the expert's actions, in a box of [-1, 1]; the set holds
+        the expert's own actions."""
+        seed: int = 1
+        """Of the episodes' starts and of the noise."""
+        keep_failures: FlagCreatePairsOff[bool] = False
+        """Keep episodes that did not solve the task as well."""
+        kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+        """Passed to the tasks: --kwargs max_steps 150."""
+
+    return DemonstrationOptions
 
 
 def _collect_options() -> type:
