@@ -206,7 +206,11 @@ def _eval_model(folder: Path, arguments: list[str]) -> int:
         f"{_count(len(evaluation.returns), _judged_by(folder))}"
     )
     for name, value in evaluation.extras.items():
-        print(f"  {name.removesuffix('_mean').replace('_', ' ')}: {value:,.4g}")
+        low, high = (evaluation.extras.get(f"{name}, {end}") for end in ("low", "high"))
+        if low is not None:
+            print(f"  {name}: {value:,.3g} ({low:,.3g} to {high:,.3g})")
+        elif not name.endswith((", low", ", high")):
+            print(f"  {name.removesuffix('_mean').replace('_', ' ')}: {value:,.4g}")
     if evaluation.milliseconds is not None:
         print(
             f"  {evaluation.milliseconds:,.4g} ms a chunk of actions, for all episodes side by side "

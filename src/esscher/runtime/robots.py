@@ -73,7 +73,7 @@ class RobotWorld:
         self.data_digest = ""
         if known is None:
             assert self.stage.data is not None
-            every = read_scenes(self.stage.data, self.stage.robot.cameras)
+            every = read_scenes(self.stage.data, cameras=self.stage.robot.cameras)
             self.data_digest = every.digest()
             self.data = _divided(every, self.stage.robot.held_out_share, experiment.seed)
             known = every.spec
@@ -128,8 +128,8 @@ class RobotWorld:
             low, high = wilson(sum(played.success), len(seeds))
             extras |= {
                 f"success of {name}": sum(played.success) / len(seeds),
-                f"success of {name}, from": low,
-                f"success of {name}, to": high,
+                f"success of {name}, low": low,
+                f"success of {name}, high": high,
             }
             self._strips.append(played.strip)
         if not solved:
