@@ -752,8 +752,8 @@ def proof() -> Proof:
             Claim(
                 name="exact sampler",
                 statement="The target is all 0 or all 1, and the model its exact posterior. Of l "
-                "tokens decoded in t rounds with the cosine schedule so many chunks are one of the two: l 4: "
-                "1/8, 1/2, 1 for t 1, 2, 4; l 8: 1/128, 1/4, 1.",
+                "tokens decoded in t rounds with the cosine schedule so many chunks are one of the "
+                "two: l 4: 1/8, 1/2, 1 for t 1, 2, 4; l 8: 1/128, 1/4, 1.",
                 arms={"oracle": lambda seed: smoke()},
                 measure=_oracle_figures,
                 judge=_judge_oracle,
@@ -773,12 +773,12 @@ def proof() -> Proof:
                 judge=_judge_learned,
             ),
         ),
-        notes="The oracle is asked without a run: that of its arm is only there to have one. Learned: "
-        f"a Llava of width 64 and 3 layers, {STEPS} updates of 64 chunks; {CHUNKS} chunks a figure, each "
-        "from a start of its own that is not in the data. Chunks are judged by executing them: at x >= "
-        "0.35 without a touch, at every step within 0.15 of the same side's plan. Both ablations are "
-        "among the figures: the order of the tokens (random, or by confidence without noise) and "
-        "re-masking.",
+        notes="The oracle is asked without a run: that of its arm is only there to have one. What is "
+        f"learned: a Llava of width 64 and 3 layers, {STEPS} updates of 64 chunks; {CHUNKS} chunks a "
+        "figure, each from a start of its own that is not in the data. Chunks are judged by executing "
+        "them: at x >= 0.35 without a touch, at every step within 0.15 of the same side's plan. Both "
+        "ablations are among the figures: the order of the tokens (random, or by confidence without "
+        "noise) and re-masking.",
     )
 
 
