@@ -98,7 +98,9 @@ def test_context_is_images_and_then_the_instruction(kind: str) -> None:
     per_image = {"llava": 4, "paligemma": 4, "smolvlm": 1}[kind]
     assert backbone.image_tokens == per_image
     assert found.shape == (2, 2 * per_image + 3, 16)
-    assert mask.tolist() == [[True] * (2 * per_image) + row for row in ([True] * 3, [True, False, False])]
+    assert mask.tolist() == [
+        [True] * (2 * per_image) + row for row in ([True] * 3, [True, False, False])
+    ]
     words = model.get_input_embeddings()(scenes.instruction)
     torch.testing.assert_close(found[:, 2 * per_image :], words)
     second = backbone.image_features(scenes.images[:, 1])
@@ -144,7 +146,9 @@ def test_what_cannot_carry_actions_is_refused() -> None:
     import transformers
 
     text = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llavas.TEXT))
-    with pytest.raises(UserError, match="LlamaForCausalLM cannot carry actions: it needs get_image"):
+    with pytest.raises(
+        UserError, match="LlamaForCausalLM cannot carry actions: it needs get_image"
+    ):
         VisionLanguage(text)
     model: Any = llavas.llava()[0]
     inner = model.model.language_model

@@ -533,7 +533,9 @@ def test_updates_go_on_exactly_from_a_saved_state(head: str) -> None:
     updated(whole, windows, range(5))
     updated(half, windows, range(2))
     updated(rest, windows, range(1))  # It has trained before it loads.
-    rest.load_state_dict({k: v.clone() if torch.is_tensor(v) else v for k, v in half.state_dict().items()})
+    rest.load_state_dict(
+        {k: v.clone() if torch.is_tensor(v) else v for k, v in half.state_dict().items()}
+    )
     updated(rest, windows, range(2, 5))
     for name, value in whole.state_dict().items():
         other = rest.state_dict()[name]
@@ -626,7 +628,9 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match="eta must be in"):
         Config(eta=1.5)
     short = llavas.vision_spec(context=11)
-    with pytest.raises(UserError, match="4 tokens of images, 3 of the longest instruction and 4 of act"):
+    with pytest.raises(
+        UserError, match="4 tokens of images, 3 of the longest instruction and 4 of act"
+    ):
         method_of(short)
     method_of(llavas.vision_spec(context=12))
     with pytest.raises(UserError, match="a chunk of 9 actions is longer than the shortest episode"):
