@@ -40,8 +40,12 @@ def llava(**changes: Any) -> tuple[Any, Any]:
 
 
 def paligemma() -> nn.Module:
-    from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
-    from transformers import SiglipVisionConfig
+    from transformers import (
+        GemmaConfig,
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+        SiglipVisionConfig,
+    )
 
     config = PaliGemmaConfig(
         vision_config=SiglipVisionConfig(**VISION, vision_use_head=False, projection_dim=16),

@@ -1,4 +1,4 @@
-"""The robot that goes round an obstacle: its experts arrive, its data show both sides, mixtures fail."""
+"""The robot that goes round an obstacle: experts arrive, data show both sides, mixtures fail."""
 
 import math
 
@@ -86,6 +86,6 @@ def test_data_are_the_experts_steps() -> None:
         task.reset(episode)
         rows = slice(8 * episode, 8 * episode + 8)
         torch.testing.assert_close(
-            data.action[rows].double(), torch.from_numpy(task.plan(task.side)), atol=0.06, rtol=0
+            data.action[rows].double(), torch.from_numpy(task.plan(task.side)), atol=1e-6, rtol=0
         )
         assert torch.equal(data.images[8 * episode], torch.from_numpy(task.images()))

@@ -1,4 +1,4 @@
-"""Vision-language models as backbones: against transformers' own passes and pictures, masks that hold."""
+"""Vision-language models as backbones: against transformers' own passes, and masks that hold."""
 
 import functools
 from typing import Any
