@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -236,7 +237,7 @@ def test_what_the_diffusion_head_is_given_is_noised_as_its_level_says(
 
 
 def test_masks_are_drawn_by_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 0, 1/3, 2/3: of four tokens 4 cos(0) = 4, 3.46 -> 3, 2; of two valid ones 2 cos(pi / 3) = 1."""
+    """At 0, 1/3, 2/3: of four tokens 4 cos(0) = 4, 3.46 -> 3, 2; of two 2 cos(pi / 3) = 1."""
     method, seen = method_of(), []
     head, batch = method.acting.head, batch_of(method.spec, 4)
     monkeypatch.setattr(head, "loss_at", lambda *args: seen.append(args) or {})
@@ -665,3 +666,44 @@ def test_one_kept_token_is_moved_by_half_of_the_bins_halfway() -> None:
         changed = moved != tokens
         assert changed.sum(-1).tolist() == [1, 1] and not changed[tokens == 8].any()
         assert ((moved - tokens)[changed].abs() == 4).all() and (moved <= 8).all()
+
+
+@pytest.mark.parametrize("head", ["masked", "autoregressive"])
+def test_the_proofs_figures_are_taken_of_a_learner(head: Any, monkeypatch: Any) -> None:
+    """Of each way to decode, and of the passes."""
+    from esscher.scenes import few_round_obstacle
+
+    monkeypatch.setattr(vla, "CHUNKS", 4)
+    data = few_round_obstacle()
+    spec = llavas.vision_spec(of=replace(data.spec, instructions=("go home",)))
+    method = method_of(spec, head=head, horizon=8, bins=32, rounds=12)
+    method.experience(data)
+    run: Any = SimpleNamespace(learner=method, experiment=SimpleNamespace(seed=0))
+    found = vla._learned_figures(run)
+    passes = {"masked": 12, "autoregressive": 16}[head]
+    assert found["passes"] == passes and all(0 <= v <= 1 for k, v in found.items() if k != "passes")
+    assert len(found) == {"masked": len(vla.DECODINGS) + 4, "autoregressive": 2}[head]
+
+
+def test_the_proofs_judge_knows_good_from_bad() -> None:
+    good = {
+        "masked": {
+            "valid, 12 rounds": [0.96],
+            "valid, 1 round": [0.1],
+            "valid, corrupted, threshold": [0.8],
+            "valid, corrupted, none": [0.2],
+            "passes": [12.0],
+        },
+        "autoregressive": {"valid": [0.965], "passes": [16.0]},
+    }
+    assert [c.passed for c in vla._judge_learned(good)] == [True] * 5
+    for arm, name, value in (
+        ("masked", "valid, 12 rounds", 0.94),
+        ("masked", "valid, 1 round", 0.7),
+        ("masked", "valid, corrupted, none", 0.8),
+        ("masked", "passes", 16.0),
+        ("autoregressive", "valid", 0.9),
+    ):
+        bad = {**good, arm: {**good[arm], name: [value]}}
+        failed = [c for c in vla._judge_learned(bad) if not c.passed]
+        assert len(failed) == 1, name

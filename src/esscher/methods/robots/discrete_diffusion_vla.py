@@ -702,17 +702,27 @@ def smoke() -> Experiment:
 
 
 def paper() -> Experiment:
-    """The authors' settings, with adapters: name a model and data of your own."""
+    """The paper's decoding and the code's training, with adapters: bring a GPU, and a LeRobot folder
+    libero_object.
+    """
     return Experiment.of(
-        Config(crop=0.9, remask="threshold", annealed=True, score="likeliest", decay_after=100_000),
+        Config(
+            score="likeliest",
+            annealed=True,
+            choice_temperature=0.0,
+            remask="threshold",
+            crop=0.9,
+            binary=(6,),
+        ),
         model=ModelConfig(
             source="google/paligemma-3b-pt-224",
             dtype="bfloat16",
             lora_rank=32,
             gradient_checkpointing=True,
         ),
-        data="demonstrations",
+        data="libero_object",
         steps=200_000,
+        runtime=RuntimeConfig(precision="bfloat16"),
     )
 
 
@@ -829,6 +839,12 @@ DECODINGS: Mapping[str, Mapping[str, Any]] = {
     "order by confidence alone": {"choice_temperature": 0.0},
     "threshold": {"remask": "threshold"},
     "scale": {"remask": "scale"},
+    "the paper's": {
+        "score": "likeliest",
+        "annealed": True,
+        "choice_temperature": 0.0,
+        "remask": "threshold",
+    },
 }
 
 
@@ -850,7 +866,9 @@ def _learned_figures(run: FinishedRun) -> dict[str, float]:
     }
     for remask in ("none", "scale", "threshold"):
         told = replace(plain, remask=remask)
-        found[f"valid, corrupted, {remask}"] = valid(decoding=told, edit=_corrupt(plain, 32))
+        found[f"valid, corrupted, {remask}"] = valid(
+            decoding=told, edit=_corrupt(plain, method.cfg.bins)
+        )
     return {**found, **passes}
 
 
