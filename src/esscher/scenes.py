@@ -33,7 +33,7 @@ class RoundObstacle:
     action_low, action_high = (-1.0, -1.0), (1.0, 1.0)
     max_steps = 8
 
-    stride, radius, clearance, finish, noise = 0.2, 0.2, 0.45, 0.35, 0.01
+    stride, radius, clearance, finish = 0.2, 0.2, 0.45, 0.35
 
     def __init__(self) -> None:
         self.place, self.height = np.zeros(2), 0.0
@@ -93,16 +93,15 @@ class RoundObstacle:
 
 
 def round_obstacle(episodes: int = 2_000) -> SceneData:
-    """Episodes of RoundObstacle's expert, with noise of 0.01 on the velocities."""
-    task, draw = RoundObstacle(), np.random.default_rng(0)
+    """Episodes of RoundObstacle's expert."""
+    task = RoundObstacle()
     images, states, actions = [], [], []
     for seed in range(episodes):
         task.reset(seed)
         for _ in range(task.max_steps):
             images.append(task.images())
             states.append(task.state())
-            noisy = task.expert() + task.noise * draw.standard_normal(2)
-            actions.append(np.clip(noisy, -1, 1).astype(np.float32))
+            actions.append(task.expert())
             task.step(actions[-1])
     spec = RobotSpec(
         cameras=task.cameras,

@@ -37,7 +37,8 @@ def load_vision_language(config: ModelConfig, device: torch.device) -> tuple[Vis
             config.source, model_class="AutoModelForImageTextToText", reader="AutoProcessor"
         )
     images = getattr(processor, "image_processor", None)
-    if getattr(images, "image_mean", None) is None or getattr(images, "image_std", None) is None:
+    mean, std = (getattr(images, name, None) for name in ("image_mean", "image_std"))
+    if mean is None or std is None:
         raise UserError(
             f"--model {config.source}: its processor does not say how images are normalised "
             "(image_mean and image_std): save the model's own processor beside it"
@@ -47,7 +48,6 @@ def load_vision_language(config: ModelConfig, device: torch.device) -> tuple[Vis
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         head.requires_grad_(False)
-    mean, std = (tuple(map(float, x)) for x in (images.image_mean, images.image_std))
     return VisionLanguage(model, image_mean=mean, image_std=std).to(device), processor
 
 

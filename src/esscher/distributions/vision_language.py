@@ -3,6 +3,7 @@ and the hidden states of whatever stands behind it, under any attention mask.
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,13 +42,15 @@ class VisionLanguage(nn.Module):
         self,
         model: nn.Module,
         *,
-        image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
-        image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
     ):
         super().__init__()
         self.model: Any = model
-        self.register_buffer("mean", torch.tensor(image_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(image_std).view(-1, 1, 1), persistent=False)
+        self.register_buffer(
+            "mean", torch.tensor(tuple(image_mean)).view(-1, 1, 1), persistent=False
+        )
+        self.register_buffer("std", torch.tensor(tuple(image_std)).view(-1, 1, 1), persistent=False)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
