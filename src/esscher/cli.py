@@ -566,7 +566,9 @@ def _data_show(arguments: list[str]) -> int:
 
     if is_lerobot(source):
         scenes = read_scenes(source)
-        table = Table(title=scenes.name, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+        table = Table(
+            title=scenes.name, title_justify="left", box=box.SIMPLE_HEAD, show_header=False
+        )
         for label, value in describe_scenes(scenes).items():
             table.add_row(label, value)
         _console().print(table)
@@ -758,8 +760,8 @@ def _demonstration_options() -> type:
     @dataclass
     class DemonstrationOptions:
         out: str
-        """With --images a new folder, in the layout of LeRobot; else the name of a new Minari set, such as
-        reach/expert-v0. The same command goes on where it was stopped."""
+        """With --images a new folder, in the layout of LeRobot; else the name of a new Minari set, such
+        as reach/expert-v0. The same command goes on where it was stopped."""
         episodes: int = 50
         """Of each task."""
         images: tuple[int, ...] = ()
@@ -768,8 +770,8 @@ def _demonstration_options() -> type:
         cameras: tuple[str, ...] = ()
         """Which, by default the task's own."""
         noise: float = 0.0
-        """Standard deviation of what is added to the expert's actions, in a box of [-1, 1]; the set holds
-        the expert's own actions."""
+        """Standard deviation of what is added to the expert's actions, in a box of [-1, 1]; the set
+        holds the expert's own actions."""
         seed: int = 1
         """Of the episodes' starts and of the noise."""
         keep_failures: FlagCreatePairsOff[bool] = False

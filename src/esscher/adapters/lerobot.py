@@ -15,7 +15,7 @@ read as well; images that are stored as videos are not.
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -248,7 +248,11 @@ class _Writer:
                 "dataset_to_index": self.frames + length,
                 "meta/episodes/chunk_index": 0,
                 "meta/episodes/file_index": 0,
-                **{f"stats/{name}/{k}": v for name, found in stats.items() for k, v in found.items()},
+                **{
+                    f"stats/{name}/{k}": v
+                    for name, found in stats.items()
+                    for k, v in found.items()
+                },
             }
         )
         self.frames, self.bytes = self.frames + length, self.bytes + size
@@ -494,9 +498,7 @@ def _read_folder(folder: Path, cameras: Sequence[str]) -> SceneData:
     )
 
 
-def _cameras(
-    features: Mapping[str, Any], asked: Sequence[str], name: str
-) -> tuple[str, ...]:
+def _cameras(features: Mapping[str, Any], asked: Sequence[str], name: str) -> tuple[str, ...]:
     """Which of the set's images are read.
 
     Raises:
@@ -545,7 +547,10 @@ def _read_table(folder: Path, images: Sequence[str]) -> Any:
             tables.append(parquet.read_table(file, columns=read))
         except (OSError, arrow.ArrowException) as error:
             raise UserError(f"{file} cannot be read as Parquet: {error}") from error
-    return arrow.concat_tables([table.select(tables[0].column_names) for table in tables])
+    try:
+        return arrow.concat_tables([table.select(tables[0].column_names) for table in tables])
+    except arrow.ArrowException as error:
+        raise UserError(f"{folder} has files with columns of different types: {error}") from error
 
 
 def _episodes(table: Any, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -8,7 +8,7 @@ out, since they take nine tenths of the time and say little at the sizes that po
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np

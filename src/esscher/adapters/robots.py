@@ -121,8 +121,8 @@ def robot_task(
     if size is not None and tuple(task.image_size) != tuple(size):
         rows, columns = task.image_size
         raise UserError(
-            f"{name} has images of {rows} x {columns}, not {size[0]} x {size[1]}: ask for its own size, "
-            "or have the factory make the other"
+            f"{name} has images of {rows} x {columns}, not {size[0]} x {size[1]}: ask for its own "
+            "size, or have the factory make the other"
         )
     return task
 

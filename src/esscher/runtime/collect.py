@@ -191,8 +191,8 @@ def combine(
     }
     total = sum(part.total_episodes for part in parts)
     with stop_requests() as requested, writing(name, parts[0], env_spec, metadata) as writer:
-        shown = shown(_episodes_of(parts), f"combining into {name}", total, display)
-        writer.add_all(shown, requested)
+        episodes = shown(_episodes_of(parts), f"combining into {name}", total, display)
+        writer.add_all(episodes, requested)
     return Collected(name, minari_path(name), writer.returns, writer.lengths)
 
 

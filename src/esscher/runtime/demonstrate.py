@@ -110,11 +110,12 @@ def demonstrate(plan: Plan, out: str, *, display: bool = True) -> Demonstrated:
         requested = stack.enter_context(stop_requests())
         _check_plan(plan, folder, out)
         tally, total = _Tally(), plan.episodes * len(tasks)
+        title = f"collecting {out}"
         source = chain.from_iterable(
             _attempts(task, number, plan, folder, tally, requested)
             for number, task in enumerate(tasks)
         )
-        for _ in shown(source, f"collecting {', '.join(plan.tasks)}", total, display, tally.told):
+        for _ in shown(source, title, total, display, tally.told):
             pass
         about = _about(plan, tally)
         parts = sorted(folder.glob("*.npz"))
@@ -254,7 +255,7 @@ def _play(task: RobotTask, attempt: int, plan: Plan, requested: Sequence[int]) -
             images += [encode_png(image) for image in task.images()]
         action = np.clip(np.asarray(task.expert(), np.float32), low, high).astype(np.float32)
         noise = plan.noise * generator.standard_normal(len(low)) * (high - low) / 2
-        outcome = task.step(np.clip(action + noise, low, high))
+        outcome = task.step(np.clip(action + noise, low, high).astype(np.float32))
         actions.append(action)
         outcomes.append(outcome)
         states.append(task.state())
@@ -343,9 +344,7 @@ class _Spaces:
     action_space: spaces.Box
 
 
-def _finish_minari(
-    parts: Sequence[Path], layout: Layout, name: str, about: dict[str, Any]
-) -> None:
+def _finish_minari(parts: Sequence[Path], layout: Layout, name: str, about: dict[str, Any]) -> None:
     low, high = (np.array(x, np.float32) for x in (layout.action_low, layout.action_high))
     task = _Spaces(
         spaces.Box(-np.inf, np.inf, (layout.state_dim,), np.float32), spaces.Box(low, high)
