@@ -139,7 +139,7 @@ def _settings(module: ast.Module, source: str) -> Iterator[str]:
         (f"`{name}`", f"`{default}`", plain(documentation))
         for name, default, documentation in _fields(config, source)
     ]
-    yield _table(("setting", "default", "meaning"), rows)
+    yield table(("setting", "default", "meaning"), rows)
     yield "On the command line: `--method.NAME VALUE`, with dashes or underscores."
 
 
@@ -195,20 +195,19 @@ def _own_task(module: ast.Module) -> str:
     return OWN_TASK[said.get("rows", "demonstrations") if language else "control"]
 
 
+def memory_table() -> str:
+    """What a model of seven billion weights needs, in several ways, as Markdown."""
+    trained = "trained, with gradients and moments"
+    return table(("how", "frozen weights", trained, "activations", "in all"), memory_rows())
+
+
 def _memory(module: ast.Module) -> Iterator[str]:
     """What a model of seven billion weights needs, by calculation."""
     said = _literals(module)
     if said.get("world") != "language":
         return
     yield "## Memory of a 7B model"
-    heads = (
-        "how",
-        "frozen weights",
-        "trained, with gradients and moments",
-        "activations",
-        "in all",
-    )
-    yield _table(heads, memory_rows())
+    yield memory_table()
     yield (
         "With `--model.dtype bfloat16 --model.gradient-checkpointing --runtime.precision bfloat16`; "
         "`--model.lora-rank 16` for adapters. `--method.micro-batch-size` says how many sequences' "
@@ -226,7 +225,7 @@ def _recipes(module: ast.Module, slug: str) -> Iterator[str]:
         and isinstance(node.returns, ast.Name)
         and node.returns.id == "Experiment"
     ]
-    yield _table(("command", "what it runs"), rows) if rows else ""
+    yield table(("command", "what it runs"), rows) if rows else ""
     yield f"On your own task: `esscher run {slug} {_own_task(module)}`."
 
 
@@ -268,7 +267,7 @@ def _verdict(record: dict[str, Any]) -> Iterator[str]:
             )
             for check in claim["checks"]
         ]
-        yield _table(("check", "measured", "must hold", "passed"), rows)
+        yield table(("check", "measured", "must hold", "passed"), rows)
     yield plain(record.get("notes") or "")
 
 
@@ -305,7 +304,8 @@ def _outside_code(line: str) -> str:
     return "".join(p if p.startswith("`") else re.sub(r"([_*<])", r"\\\1", p) for p in pieces)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown; a bar within a cell is kept."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from esscher.registry import Entry, catalogue
-from esscher.report.card import Look, method_card, plain
+from esscher.report.card import Look, memory_table, method_card, plain, table
 from esscher.report.equations import symbols_of, with_equations
 from esscher.report.readme import END, methods_table, verdict_of
 
@@ -30,6 +30,7 @@ DOCUMENTS = {
 }
 """Pages that are files at the root of the repository."""
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
+FORMULA = re.compile(r"(\$\$.*?\$\$|\$[^$\n]+\$)", re.DOTALL)
 SHORT_OF = "## What is known to fall short"
 
 
@@ -79,6 +80,24 @@ def relocated(text: str, source: str, page: str) -> str:
         return before + posixpath.relpath(place, posixpath.dirname(page) or ".") + after
 
     return LINK.sub(moved, text)
+
+
+def _memory(root: Path) -> str:
+    return memory_table()
+
+
+def _measured_7b(root: Path) -> str:
+    """Of benchmarks/language_7b.json: a row a size of micro-batches."""
+    record = json.loads((root / "benchmarks/language_7b.json").read_text(encoding="utf-8"))
+    rows = [
+        (name, f"{row['seconds']:.2f} s", *(f"{row[k]:.1f} GiB" for k in ("peak_gib", "calculated_gib")))
+        for name, row in record["updates"].items()
+    ]
+    return table(("activations of", "an update", "peak memory", "calculated"), rows)
+
+
+TABLES = {"memory": _memory, "measured_7b": _measured_7b}
+"""Tables that written pages name, made from the root of the repository."""
 
 
 def _index(proofs: Path) -> str:
@@ -134,7 +153,8 @@ def _card(entry: Entry, root: Path) -> str:
 
 def _explained(text: str) -> str:
     """The docstring with equations and symbols set; sentences as `show` has them."""
-    return plain(with_equations(_with_symbols(text)))
+    parts = FORMULA.split(with_equations(_with_symbols(text)))
+    return "".join(part if part.startswith("$") else plain(part) for part in parts)
 
 
 def _with_symbols(text: str) -> str:

@@ -28,7 +28,7 @@ FUNCTIONS = {name: rf"\{name}" for name in ("log", "exp", "min", "max", "sup", "
 }
 OPERATORS = {
     "<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "->": r"\to ", "+-": r"\pm ", "~": r"\sim ",
-    "||": r"\,\Vert\,", "...": r"\dots ", "*": r"\ast ", "{": r"\{", "}": r"\}", "%": r"\%",
+    "||": r"\,\Vert\,", "|": r"\vert ", "...": r"\dots ", "*": r"\ast ", "{": r"\{", "}": r"\}", "%": r"\%",
     "#": r"\#", "&": r"\&",
 }  # fmt: skip
 ACCENTS = ("hat", "bar", "tilde")

@@ -13,13 +13,13 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from esscher.report.catalogue import families, pages, records, relocated
+from esscher.report.catalogue import TABLES, families, pages, records, relocated
 from esscher.report.concept_figures import DRAWINGS
 from esscher.report.equations import mathml
 
 METHODS = "METHODS"
 """Stands in the navigation of mkdocs.yml for the methods of every family."""
-FIGURE = re.compile(r"<!-- figure: (\w+) -->")
+MADE = re.compile(r"<!-- (figure|table): (\w+) -->")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -44,11 +44,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links of the written pages out of docs/, and figures."""
+    """Links of the written pages out of docs/, and the figures and tables that they name."""
     place = page.file.src_uri
     if page.file.generated_by is None:
         markdown = relocated(markdown, f"docs/{place}", place)
-    return FIGURE.sub(lambda match: _figure(match[1]), markdown)
+    root = _root(config)
+    return MADE.sub(
+        lambda m: _figure(m[2]) if m[1] == "figure" else TABLES[m[2]](root), markdown
+    )
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
