@@ -136,7 +136,9 @@ def _card(entry: Entry, root: Path) -> str:
     """The card of `esscher show`, with equations set, the figure shown, and tags to filter by."""
     proofs = root / "proofs"
     look = Look(explained=_explained, record=lambda path: _record(entry, path))
-    title, _, body = method_card(entry.slug, proofs, look).partition("\n")
+    # A terminal takes a backslash before < for that sign alone, this Markdown does not.
+    card = method_card(entry.slug, proofs, look).replace(r"\<", "&lt;")
+    title, _, body = card.partition("\n")
     front = {
         "title": f"{entry.slug}: {entry.paper['title']}",
         "description": entry.paper["purpose"],

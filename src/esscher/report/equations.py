@@ -41,6 +41,8 @@ TOKEN = re.compile(
     re.VERBOSE,
 )
 JOINED = re.compile(r"(\\text\{[^{}]*)\}\\ \\text\{")
+BAR = re.compile(r'<mover>(<mrow>(?:(?!<mover>).)*?</mrow>)<mo stretchy="true">&#x000AF;</mo></mover>')
+FUNCTION_NAME = re.compile(r"<(mi|mo)>([A-Za-z]{2,})</\1>")
 WORDS = re.compile(r"[A-Za-z][A-Za-z'-]*")
 
 
@@ -93,10 +95,23 @@ def with_equations(text: str) -> str:
 
 
 def mathml(latex: str, *, block: bool) -> str:
-    """MathML of a formula; `block` sets it on lines of its own."""
+    """MathML of a formula; `block` sets it on lines of its own.
+
+    Three things are set otherwise than the converter does, for fonts that are not made for mathematics:
+    primes stand on the line, since their glyph is raised already; bars do not stretch, and have a class
+    by which the site's style draws them; and names of functions have room on both sides.
+    """
     from latex2mathml.converter import convert
 
-    return convert(latex, display="block" if block else "inline")
+    unraised = re.sub(r"'+", lambda primes: r"{\prime}" * len(primes[0]), _outside_text(latex))
+    found = convert(unraised, display="block" if block else "inline")
+    found = BAR.sub(r'<mover class="bar">\1<mo stretchy="false">&#x000AF;</mo></mover>', found)
+    return FUNCTION_NAME.sub(r'<mo lspace="0.17em" rspace="0.17em">\2</mo>', found)
+
+
+def _outside_text(latex: str) -> str:
+    """LaTeX whose words have typographic apostrophes, so that those left are primes."""
+    return re.sub(r"\\text\{[^{}]*\}", lambda words: words[0].replace("'", "’"), latex)
 
 
 def _array(rows: list[str]) -> str:
@@ -121,7 +136,7 @@ def _run_of_words(text: str, also: object = ()) -> int:
 
 
 def _words(text: str) -> str:
-    return r"\text{" + re.sub(r"([_%#&$])", r"\\\1", text) + "}"
+    return rf"\text{{{text}}}"
 
 
 class _Reader:

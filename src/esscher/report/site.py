@@ -20,6 +20,8 @@ from esscher.report.equations import mathml
 METHODS = "METHODS"
 """Stands in the navigation of mkdocs.yml for the methods of every family."""
 MADE = re.compile(r"<!-- (figure|table): (\w+) -->")
+LIST = re.compile(r"^([^-\s|#`>][^\n]*)\n(- )", re.MULTILINE)
+"""A list right below a line of a paragraph, which this Markdown would not take for one."""
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -48,7 +50,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     place = page.file.src_uri
     if page.file.generated_by is None:
         markdown = relocated(markdown, f"docs/{place}", place)
-    root = _root(config)
+    root, markdown = _root(config), LIST.sub(r"\1\n\n\2", markdown)
     return MADE.sub(
         lambda m: _figure(m[2]) if m[1] == "figure" else TABLES[m[2]](root), markdown
     )
