@@ -19,11 +19,13 @@ BROWSERS, DRIVERS = ("chromium", "chromium-browser"), ("chromedriver",)
 
 def programs() -> tuple[str | None, str | None]:
     """Paths of a Chromium and of its driver, None where there is none."""
-    return tuple(next(filter(None, map(shutil.which, names)), None) for names in (BROWSERS, DRIVERS))
+    return tuple(
+        next(filter(None, map(shutil.which, names)), None) for names in (BROWSERS, DRIVERS)
+    )
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *told: Any) -> None:
         pass
 
 
@@ -48,7 +50,8 @@ def chromium(profile: Path) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     browser, driver = programs()
     options.binary_location = str(browser)
-    for flag in (*FLAGS, f"--user-data-dir={profile}", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"):
+    nowhere = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+    for flag in (*FLAGS, f"--user-data-dir={profile}", nowhere):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     page = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(driver)))

@@ -42,7 +42,7 @@ class Look:
     """Of a proof record and its figure."""
 
 
-def method_card(slug: str, proofs: Path, look: Look = Look()) -> str:  # noqa: B008
+def method_card(slug: str, proofs: Path, look: Look = Look()) -> str:
     """Everything that a user should know of a method before running it, as Markdown.
 
     Args:
@@ -145,12 +145,23 @@ def _settings(module: ast.Module, source: str) -> Iterator[str]:
 
 def _fields(config: ast.ClassDef, source: str) -> Iterator[tuple[str, str, str]]:
     """Name, default as written, and the text below, of each field of a dataclass."""
-    below = [*config.body[1:], None]
+    below, lines = [*config.body[1:], None], source.encode().splitlines(keepends=True)
     for node, following in zip(config.body, below, strict=True):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
-        default = ast.get_source_segment(source, node.value) if node.value else None
-        yield node.target.id, default or "required", _text(following)
+        default = _as_written(lines, node.value) if node.value else "required"
+        yield node.target.id, default, _text(following)
+
+
+def _as_written(lines: list[bytes], node: ast.expr) -> str:
+    """The source of an expression; ast.get_source_segment would split the file anew each time."""
+    first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+    if first == last:
+        return lines[first][node.col_offset : node.end_col_offset].decode()
+    inner = lines[first + 1 : last]
+    return b"".join(
+        [lines[first][node.col_offset :], *inner, lines[last][: node.end_col_offset]]
+    ).decode()
 
 
 OWN_TASK = {

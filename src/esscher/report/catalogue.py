@@ -53,7 +53,11 @@ def pages(root: Path) -> dict[str, str]:
 
 def records(root: Path) -> dict[str, Path]:
     """Files that pages link to: proof records with their figures, benchmarks, the licence."""
-    found = [*root.glob("proofs/*.json"), *root.glob("proofs/*.png"), *root.glob("benchmarks/*.json")]
+    found = [
+        *root.glob("proofs/*.json"),
+        *root.glob("proofs/*.png"),
+        *root.glob("benchmarks/*.json"),
+    ]
     return {path.relative_to(root).as_posix(): path for path in [*found, root / "LICENSE"]}
 
 
@@ -90,7 +94,12 @@ def _measured_7b(root: Path) -> str:
     """Of benchmarks/language_7b.json: a row a size of micro-batches."""
     record = json.loads((root / "benchmarks/language_7b.json").read_text(encoding="utf-8"))
     rows = [
-        (name, f"{row['seconds']:.2f} s", *(f"{row[k]:.1f} GiB" for k in ("peak_gib", "calculated_gib")))
+        (
+            name,
+            f"{row['seconds']:.2f} s",
+            f"{row['peak_gib']:.1f} GiB",
+            f"{row['calculated_gib']:.1f} GiB",
+        )
         for name, row in record["updates"].items()
     ]
     return table(("activations of", "an update", "peak memory", "calculated"), rows)
@@ -115,8 +124,8 @@ def _index(proofs: Path) -> str:
     parts = [
         "---\ntitle: All methods\nhide: [toc]\n---",
         "# Methods",
-        f"{counted} methods, of 64 that are planned. Each has a card: what it is for, its equations, every "
-        "setting with its default, recipes, and the paper's claim beside what was measured here. "
+        f"{counted} methods, of 64 that are planned. Each has a card: what it is for, its equations, "
+        "every setting with its default, recipes, and the paper's claim beside what was measured here. "
         "Searching finds words of the cards too; [families and verdicts](../families.md) lists them by "
         "tag.",
         "<style>" + " ".join(hidden) + "</style>",
@@ -146,7 +155,7 @@ def _card(entry: Entry, root: Path) -> str:
     }
     lines = "\n".join(f"{name}: {json.dumps(value)}" for name, value in front.items())
     note = (
-        "!!! note \"A baseline\"\n\n    Papers compare with it; nothing is proved here."
+        '!!! note "A baseline"\n\n    Papers compare with it; nothing is proved here.'
         if entry.baseline
         else ""
     )

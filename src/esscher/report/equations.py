@@ -15,21 +15,22 @@ import re
 from collections.abc import Iterator
 
 GREEK = frozenset(
-    "alpha beta gamma delta eps epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau phi chi "
-    "psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega".split()
+    {"alpha", "beta", "gamma", "delta", "eps", "epsilon", "zeta", "eta", "theta", "iota", "kappa"}
+    | {"lambda", "mu", "nu", "xi", "pi", "rho", "sigma", "tau", "phi", "chi", "psi", "omega"}
+    | {"Gamma", "Delta", "Theta", "Lambda", "Sigma", "Phi", "Psi", "Omega"}
 )
-FUNCTIONS = {name: rf"\{name}" for name in ("log", "exp", "min", "max", "sup", "inf")} | {
+LATEX_KNOWS = ("log", "exp", "min", "max", "sup", "inf")
+UPRIGHT = ("clip", "floor", "logit", "mean", "norm", "softplus", "sg", "std", "KL")
+FUNCTIONS = {
+    **{name: rf"\{name}" for name in LATEX_KNOWS},
+    **{name: rf"\operatorname{{{name}}}" for name in UPRIGHT},
     "sum": r"\sum",
     "grad": r"\nabla",
-    **{
-        name: rf"\operatorname{{{name}}}"
-        for name in "clip floor logit mean norm softplus sg std KL".split()
-    },
 }
 OPERATORS = {
     "<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "->": r"\to ", "+-": r"\pm ", "~": r"\sim ",
-    "||": r"\,\Vert\,", "|": r"\vert ", "...": r"\dots ", "*": r"\ast ", "{": r"\{", "}": r"\}", "%": r"\%",
-    "#": r"\#", "&": r"\&",
+    "||": r"\,\Vert\,", "|": r"\vert ", "...": r"\dots ", "*": r"\ast ",
+    "{": r"\{", "}": r"\}", "%": r"\%", "#": r"\#", "&": r"\&",
 }  # fmt: skip
 ACCENTS = ("hat", "bar", "tilde")
 TOKEN = re.compile(
@@ -41,7 +42,9 @@ TOKEN = re.compile(
     re.VERBOSE,
 )
 JOINED = re.compile(r"(\\text\{[^{}]*)\}\\ \\text\{")
-BAR = re.compile(r'<mover>(<mrow>(?:(?!<mover>).)*?</mrow>)<mo stretchy="true">&#x000AF;</mo></mover>')
+BAR = re.compile(
+    r'<mover>(<mrow>(?:(?!<mover>).)*?</mrow>)<mo stretchy="true">&#x000AF;</mo></mover>'
+)
 FUNCTION_NAME = re.compile(r"<(mi|mo)>([A-Za-z]{2,})</\1>")
 WORDS = re.compile(r"[A-Za-z][A-Za-z'-]*")
 
@@ -72,7 +75,7 @@ def is_symbol(text: str) -> bool:
     """Whether text is a formula: no two words in a row, and something to set."""
     names = re.findall(r"[A-Za-z]+", text)
     known = any(len(name) == 1 or name in GREEK or _bar(name) for name in names)
-    return known and not text.startswith("a ") and _run_of_words(text, FUNCTIONS) < 2
+    return known and not text.startswith("a ") and _run_of_words(text, whole=True) < 2
 
 
 def _bar(name: str) -> str:
@@ -111,7 +114,7 @@ def mathml(latex: str, *, block: bool) -> str:
 
 def _outside_text(latex: str) -> str:
     """LaTeX whose words have typographic apostrophes, so that those left are primes."""
-    return re.sub(r"\\text\{[^{}]*\}", lambda words: words[0].replace("'", "’"), latex)
+    return re.sub(r"\\text\{[^{}]*\}", lambda words: words[0].replace("'", "\u2019"), latex)
 
 
 def _array(rows: list[str]) -> str:
@@ -122,15 +125,18 @@ def _indent(line: str) -> str:
     return r"\quad " * min((len(line) - len(line.lstrip())) // 4, 3)
 
 
-def _run_of_words(text: str, also: object = ()) -> int:
-    """The longest run of words, of two letters or more, that are no names of an equation."""
+def _run_of_words(text: str, *, whole: bool = False) -> int:
+    """The longest run of words of two letters or more that are no names of an equation.
+
+    Punctuation ends a run, unless the text is one `whole`, in which names of functions are words too.
+    """
     longest = run = 0
     for part in text.split():
         word = part.strip(",.;:()")
-        plain = WORDS.fullmatch(word) and len(word) > 1 and word not in GREEK
-        run = run + 1 if plain and (word not in FUNCTIONS or word in also) else 0  # type: ignore
+        known = word in GREEK or (word in FUNCTIONS and not whole)
+        run = run + 1 if WORDS.fullmatch(word) and len(word) > 1 and not known else 0
         longest = max(longest, run)
-        if part.endswith((",", ";", ":")) and not also:
+        if part.endswith((",", ";", ":")) and not whole:
             run = 0
     return longest
 

@@ -1,7 +1,7 @@
 """What MkDocs calls while it builds the documentation site: see mkdocs.yml.
 
-It adds the generated pages, moves links that leave docs/ to their places on the site, draws the figures of
-the concept pages and sets equations as MathML, which browsers show without a script.
+It adds the generated pages, moves links that leave docs/ to their places on the site, draws the
+figures of the concept pages and sets equations as MathML, which browsers show without a script.
 """
 
 import html
@@ -51,9 +51,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.generated_by is None:
         markdown = relocated(markdown, f"docs/{place}", place)
     root, markdown = _root(config), LIST.sub(r"\1\n\n\2", markdown)
-    return MADE.sub(
-        lambda m: _figure(m[2]) if m[1] == "figure" else TABLES[m[2]](root), markdown
-    )
+    return MADE.sub(lambda m: _figure(m[2]) if m[1] == "figure" else TABLES[m[2]](root), markdown)
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
