@@ -159,6 +159,7 @@ def test_pages_load_in_any_light_and_width(
     darkened(page, dark)
     page.get(f"{address}/search/search_index.json")  # a page without the theme's script,
     page.execute_script("localStorage.clear()")  # which remembers the colours that it began with
+    page.get_log("browser")  # it has no icon, which the browser deplores
     for place in PLACES:
         page.get(f"{address}/{place}")
         assert "Esscher" in page.title
