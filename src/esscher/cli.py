@@ -384,7 +384,7 @@ def _report(arguments: list[str]) -> int:
     from esscher.report.page import write_report
 
     try:
-        page = write_report(runs, options.out, title=options.title)
+        page = write_report(runs, options.out, title=options.title, figures=options.figures)
     except ValueError as error:
         raise UserError(str(error)) from error
     print(f"report: {page}")
@@ -637,9 +637,12 @@ class DataShowOptions:
 @dataclass
 class ReportOptions:
     out: Path = Path("report.html")
-    """The page; CSV files and a PNG are written beside it."""
+    """The page. Curves and rankings are written beside it as CSV, the curves as PNG too."""
     title: str | None = None
     """Heading of the page."""
+    figures: bool = True
+    """Write each figure as PNG, with its numbers as CSV, into a folder named after the page
+    (report_figures), whose other PNG and CSV files are removed."""
 
 
 @dataclass

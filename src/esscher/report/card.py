@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from esscher.errors import UserError
-from esscher.registry import Entry, find
+from esscher.registry import Entry, declared, find
 from esscher.report.memory import memory_rows
 
 NOT_TRIED, NOTHING_TO_PROVE = "not tried", "a baseline: nothing to prove"
@@ -45,7 +45,7 @@ def method_card(slug: str, proofs: Path) -> str:
         *_settings(module, source),
         "## Recipes",
         *_recipes(module, slug),
-        *_memory(module),
+        *_memory(slug),
         "## Measured proof",
         *_proof(entry, proofs),
     ]
@@ -88,24 +88,8 @@ OWN_TASK = {
 }
 
 
-def _literals(module: ast.Module) -> dict[str, Any]:
-    """What the method class says of itself: world, loop, rows."""
-    for node in module.body:
-        if isinstance(node, ast.ClassDef) and any(
-            getattr(b, "id", "") == "Method" for b in node.bases
-        ):
-            return {
-                target.id: item.value.value
-                for item in node.body
-                if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant)
-                for target in item.targets
-                if isinstance(target, ast.Name)
-            }
-    return {}
-
-
-def _own_task(module: ast.Module) -> str:
-    said = _literals(module)
+def _own_task(slug: str) -> str:
+    said = declared(slug)
     if said.get("world") == "diffusion":
         return OWN_TASK["samples" if said.get("loop") == "offline" else "rows"]
     if said.get("world") == "sets":
@@ -114,9 +98,9 @@ def _own_task(module: ast.Module) -> str:
     return OWN_TASK[said.get("rows", "demonstrations") if language else "control"]
 
 
-def _memory(module: ast.Module) -> Iterator[str]:
+def _memory(slug: str) -> Iterator[str]:
     """What a model of seven billion weights needs, by calculation."""
-    said = _literals(module)
+    said = declared(slug)
     if said.get("world") != "language":
         return
     yield "## Memory of a 7B model"
@@ -146,7 +130,7 @@ def _recipes(module: ast.Module, slug: str) -> Iterator[str]:
         and node.returns.id == "Experiment"
     ]
     yield _table(("command", "what it runs"), rows) if rows else ""
-    yield f"On your own task: `esscher run {slug} {_own_task(module)}`."
+    yield f"On your own task: `esscher run {slug} {_own_task(slug)}`."
 
 
 def _proof(entry: Entry, proofs: Path) -> Iterator[str]:
