@@ -255,7 +255,7 @@ def test_families_and_measures_have_sections_of_their_own(families):
               zip(parts, ("Over 2 tasks", *["On "] * 3), strict=True)]  # fmt: skip
     assert places == sorted(places)
     assert "4 parts, measured differently" in page.text
-    assert "Over 2 tasks, returns normalised per task, sac ranks first" in page.text
+    assert "Over 2 tasks, returns normalised per task, sac is ahead" in page.text
     assert page.text.count("normalised per task") == 1
     assert "On sums after 100,000 steps lite_ppo" in page.text
     with (families / "report_ranking.csv").open() as file:
