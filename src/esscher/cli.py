@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from esscher.experiment import Experiment
 
 NOT_REPRODUCED, FAILED_RUNS, INTERRUPTED = 3, 4, 130
+WIDE_LIST = 120
+"""Columns of a terminal from which the catalogue has a column for everything."""
 
 
 def main() -> None:
@@ -76,6 +78,7 @@ def _list(arguments: list[str]) -> int:
     options = _parse(ListOptions, arguments, "esscher list [WORD ...]")
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from esscher.registry import catalogue
 
@@ -95,14 +98,31 @@ def _list(arguments: list[str]) -> int:
         chosen = [entry for entry in entries if entry.baseline is baseline]
         if not chosen:
             continue
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("name", "family", "what it is for", "paper", "claim"):
-            table.add_column(column, no_wrap=column in ("name", "family", "claim"))
+        console = _console()
+        wide = console.width >= WIDE_LIST
+        table = Table(
+            title=title,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            leading=0 if wide else 1,
+        )
+        columns = ("name", "family", "what it is for", "paper", "claim")
+        for column in columns if wide else ("name", "what it is for"):
+            short = column in ("name", "family", "claim")
+            table.add_column(column, no_wrap=short, overflow="fold")
         for entry in chosen:
             paper = f"{entry.paper['title']} ({entry.paper['year']})"
             status = "baseline" if baseline else _proof_status(entry.slug)
-            table.add_row(entry.slug, entry.family, entry.paper["purpose"], paper, status)
-        _console().print(table)
+            if wide:
+                table.add_row(entry.slug, entry.family, entry.paper["purpose"], paper, status)
+                continue
+            # Five columns would leave a dozen characters for a sentence each.
+            about = Text(f"{entry.family}, {status}" if not baseline else entry.family, "dim")
+            name = Text(entry.slug).append("\n").append(about)
+            said = Text(entry.paper["purpose"]).append("\n").append(Text(paper, "dim"))
+            table.add_row(name, said)
+        console.print(table)
     return 0
 
 
@@ -403,7 +423,7 @@ def _report(arguments: list[str]) -> int:
     from esscher.report.page import write_report
 
     try:
-        page = write_report(runs, options.out, title=options.title)
+        page = write_report(runs, options.out, title=options.title, figures=options.figures)
     except ValueError as error:
         raise UserError(str(error)) from error
     print(f"report: {page}")
@@ -715,9 +735,12 @@ class DataShowOptions:
 @dataclass
 class ReportOptions:
     out: Path = Path("report.html")
-    """The page; CSV files and a PNG are written beside it."""
+    """The page. Curves and rankings are written beside it as CSV, the curves as PNG too."""
     title: str | None = None
     """Heading of the page."""
+    figures: bool = True
+    """Write each figure as PNG, with its numbers as CSV, into a folder named after the page
+    (report_figures), whose other PNG and CSV files are removed."""
 
 
 @dataclass

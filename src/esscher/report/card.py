@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from esscher.errors import UserError
-from esscher.registry import Entry, find
+from esscher.registry import Entry, declared, find
 from esscher.report.memory import memory_rows
 
 NOT_TRIED, NOTHING_TO_PROVE = "not tried", "a baseline: nothing to prove"
@@ -69,13 +69,13 @@ def method_card(slug: str, proofs: Path, look: Look = Look()) -> str:
         "## How it works",
         look.explained(explained),
         "## Before you run it",
-        *_needs(module),
+        *_needs(module, slug),
         look.explained(remarks),
         "## Settings",
         *_settings(module, source),
         "## Recipes",
         *_recipes(module, slug),
-        *_memory(module),
+        *_memory(slug),
         "## Measured proof",
         *_proof(entry, proofs, look),
     ]
@@ -102,12 +102,12 @@ DATA = {
     "required": "Logged steps (`--data`) are required beside the task.",
     "optional": "Logged steps (`--data`) may be given beside the task.",
 }
-EXTRAS = {"language": "language", "diffusion": "diffusion", "sets": "applied"}
+EXTRAS = {"language": "language", "diffusion": "diffusion", "sets": "applied", "robots": "robots"}
 
 
-def _needs(module: ast.Module) -> Iterator[str]:
+def _needs(module: ast.Module, slug: str) -> Iterator[str]:
     """What the method class says it asks of a user, as a list."""
-    said = _literals(module)
+    said = declared(slug)
     world, loop = said.get("world", "control"), said.get("loop", "online")
     lines = [LOOPS[loop]]
     if world == "control" and loop != "offline" and said.get("data") in DATA:
@@ -180,25 +180,8 @@ OWN_TASK = {
 }
 
 
-def _literals(module: ast.Module) -> dict[str, Any]:
-    """What the method class says of itself: world, loop, rows."""
-    for node in module.body:
-        if isinstance(node, ast.ClassDef) and any(
-            getattr(b, "id", "") == "Method" for b in node.bases
-        ):
-            return {
-                target.id: item.value.value
-                for item in node.body
-                if isinstance(item, ast.Assign | ast.AnnAssign)
-                if isinstance(item.value, ast.Constant)
-                for target in (item.targets if isinstance(item, ast.Assign) else [item.target])
-                if isinstance(target, ast.Name)
-            }
-    return {}
-
-
-def _own_task(module: ast.Module) -> str:
-    said = _literals(module)
+def _own_task(slug: str) -> str:
+    said = declared(slug)
     if said.get("world") == "diffusion":
         return OWN_TASK["samples" if said.get("loop") == "offline" else "rows"]
     if said.get("world") in ("sets", "robots"):
@@ -213,9 +196,9 @@ def memory_table() -> str:
     return table(("how", "frozen weights", trained, "activations", "in all"), memory_rows())
 
 
-def _memory(module: ast.Module) -> Iterator[str]:
+def _memory(slug: str) -> Iterator[str]:
     """What a model of seven billion weights needs, by calculation."""
-    said = _literals(module)
+    said = declared(slug)
     if said.get("world") != "language":
         return
     yield "## Memory of a 7B model"
@@ -238,7 +221,7 @@ def _recipes(module: ast.Module, slug: str) -> Iterator[str]:
         and node.returns.id == "Experiment"
     ]
     yield table(("command", "what it runs"), rows) if rows else ""
-    yield f"On your own task: `esscher run {slug} {_own_task(module)}`."
+    yield f"On your own task: `esscher run {slug} {_own_task(slug)}`."
 
 
 def _proof(entry: Entry, proofs: Path, look: Look) -> Iterator[str]:
