@@ -414,7 +414,7 @@ def test_what_is_interrupted_leaves_nothing(
     endings: Path, root: Path, monkeypatch: pytest.MonkeyPatch, exception: Any
 ) -> None:
     monkeypatch.setattr(collecting, "STEPS_A_WRITE", 5)
-    add, seen = collecting._Writer.add, []
+    add, seen = collecting.Writer.add, []
 
     def interrupted(writer: Any, episode: Any) -> None:
         add(writer, episode)
@@ -423,7 +423,7 @@ def test_what_is_interrupted_leaves_nothing(
             raise exception
 
     with monkeypatch.context() as context:
-        context.setattr(collecting._Writer, "add", interrupted)
+        context.setattr(collecting.Writer, "add", interrupted)
         with pytest.raises(exception):
             collect(endings, "toys/a-v0", episodes=20, display=False)
     assert len(seen[-1]) == 1 and leftovers(root) == []
