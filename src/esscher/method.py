@@ -51,8 +51,8 @@ class Method(Stateful):
     """
 
     world: ClassVar[Literal["control", "language", "diffusion", "sets", "robots"]] = "control"
-    """What it is about: a controller of environments, a language model, a diffusion model, or
-    populations that are known by sets of samples."""
+    """What it is about: a controller of environments, a language model, a diffusion model,
+    populations that are known by sets of samples, or robots that see and are told what to do."""
     loop: ClassVar[Literal["online", "offline", "evolve", "generate", "converse", "draw"]] = (
         "online"
     )

@@ -100,6 +100,33 @@ def recipes(slug: str) -> dict[str, Any]:
     }
 
 
+def declared(slug: str) -> dict[str, Any]:
+    """What a method's class says of itself in literals (`world`, `loop`, `rows` and their kin), read
+    without importing; what it leaves at the default of `Method` is missing.
+
+    Raises:
+        UserError: unknown slug.
+    """
+    return _declared(find(slug).path)
+
+
+@cache
+def _declared(path: Path) -> dict[str, Any]:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and any(
+            getattr(base, "id", "") == "Method" for base in node.bases
+        ):
+            return {
+                target.id: item.value.value
+                for item in node.body
+                if isinstance(item, ast.Assign | ast.AnnAssign)
+                if isinstance(item.value, ast.Constant)
+                for target in (item.targets if isinstance(item, ast.Assign) else [item.target])
+                if isinstance(target, ast.Name)
+            }
+    return {}
+
+
 def _read_paper(path: Path) -> dict[str, Any]:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PAPER":

@@ -8,8 +8,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar, dataclass_transform
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 Metrics = dict[str, Tensor]
@@ -342,6 +344,11 @@ class RobotSpec:
     @property
     def action_dim(self) -> int:
         return len(self.action_low)
+
+    def native(self, action: NDArray[Any]) -> NDArray[np.float32]:
+        """From [-1, 1] (clipped) to the task's own box."""
+        low, high = np.array(self.action_low), np.array(self.action_high)
+        return (low + (np.clip(action, -1, 1) + 1) * 0.5 * (high - low)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

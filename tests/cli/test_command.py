@@ -53,7 +53,7 @@ OPTIONS = {
     "prove": ["--seeds", "--out", "--claims", "--workers"],
     "sweep": ["--seeds", "--grid", "--engine", "--address", "--method.tau", "--retries"],
     "compare": ["--env.id", "--steps", "--seeds", "--hidden", "--as-published"],
-    "report": ["--out", "--title"],
+    "report": ["--out", "--title", "--no-figures"],
     "export": ["--to", "--out", "--step"],
     "data": ["collect", "combine", "show"],
 }
@@ -82,6 +82,19 @@ def test_list_shows_every_method(capsys):
         assert f"\n {entry.slug} " in shown
     assert shown.index("Methods") < shown.index(" sac ") < shown.index("Baselines")
     assert shown.index("Baselines") < shown.index(" ppo ")
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_list_cuts_no_word_whatever_the_width(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert command("list") == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width and "…" not in shown
+    words = set(shown.replace("\n", " ").split())
+    for entry in registry.catalogue().values():
+        assert {entry.slug, *entry.paper["purpose"].split(), *entry.paper["title"].split()} <= words
+    if width == 80:
+        assert shown.count("\n") < 6 * len(registry.catalogue())
 
 
 def test_list_searches(capsys):
@@ -131,7 +144,9 @@ def test_run_leaves_a_whole_folder(finished):
     run = place / run
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     (events,) = [name for name in names if name.startswith("tensorboard/")]
-    assert names - {events, ".lock"} == {
+    figures = {name for name in names if name.startswith("report_figures/")}
+    assert {Path(name).name for name in figures} >= {"curves_Pendulum-v1.png", "curves_Pendulum-v1.csv"}
+    assert names - {events, ".lock"} - figures == {
         "config.json",
         "metrics.jsonl",
         "result.json",

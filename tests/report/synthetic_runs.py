@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 
 def write_run(
@@ -20,8 +21,14 @@ def write_run(
     evaluated: bool = True,
     method: dict | None = None,
     half_line: bool = False,
+    measure: str | None = None,
+    distance: float | None = None,
 ) -> Path:
-    """Writes a run that learns towards `height`; `reached` below `steps` leaves it unfinished."""
+    """Writes a run that learns towards `height`; `reached` below `steps` leaves it unfinished.
+
+    measure: what its evaluations say they are. distance: KL to the model of before at the end, which
+    grows evenly.
+    """
     folder.mkdir(parents=True)
     generator = np.random.default_rng([seed, len(slug), len(env), int(height)])
     reached = steps if reached is None else reached
@@ -38,6 +45,8 @@ def write_run(
         "log": {"every": steps // 100},
         "label": label,
     }
+    if measure is not None:
+        config["stages"][0] |= {"model": {"source": "models/small"}, "data": env}
     (folder / "config.json").write_text(json.dumps(config))
 
     def expected(step: int) -> float:
@@ -58,6 +67,8 @@ def write_run(
             mean, deviation = float(np.mean(returns)), float(np.std(returns))
             row = {"phase": "evaluate", "step": step, "seconds": step / 150.0 + 1}
             row |= {"return_mean": mean, "return_std": deviation, "returns": returns}
+            row |= {} if measure is None else {"measure": measure}
+            row |= {} if distance is None else {"kl_to_reference": distance * step / steps}
             lines.append(json.dumps(row | {"length_mean": 150.0}))
     text = "\n".join(lines) + "\n"
     if half_line:
@@ -70,3 +81,20 @@ def write_run(
             result |= {"return_mean": mean, "return_std": deviation, "returns": returns}
         (folder / "result.json").write_text(json.dumps(result))
     return folder
+
+
+def write_samples(run: Path, step: int, completions: dict[str, str], **marks) -> None:
+    """What a language model wrote at a step; {prompt: completion}."""
+    folder = run / "samples"
+    folder.mkdir(exist_ok=True)
+    samples = [{"prompt": p, "completion": c, **marks} for p, c in completions.items()]
+    (folder / f"step_{step:09d}.json").write_text(json.dumps(samples))
+
+
+def write_picture(run: Path, step: int, shade: int) -> bytes:
+    """What a diffusion model drew at a step: a grey square; its bytes."""
+    folder = run / "samples"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step_{step:09d}.png"
+    Image.new("L", (16, 16), shade).save(path)
+    return path.read_bytes()

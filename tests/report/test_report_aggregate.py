@@ -1,5 +1,7 @@
 """Statistics against hand-worked numbers, scipy, and the properties an interval must have."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -172,3 +174,45 @@ def test_curves_by_hand():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- The same as rliable, by which these statistics are known
+
+
+def rliable():
+    """Its modules; it fails to import beside a pandas that is newer than its own dependencies."""
+    try:
+        return import_module("rliable.metrics"), import_module("rliable.library")
+    except Exception as error:
+        pytest.skip(f"rliable cannot be imported here: {error}")
+
+
+def test_estimates_are_those_of_rliable():
+    metrics, library = rliable()
+    for seed in range(5):
+        x, y = normal_scores(6, 3, seed), normal_scores(9, 3, seed + 100) + 2
+        assert interquartile_mean(x) == pytest.approx(metrics.aggregate_iqm(x))
+        ours = probability_of_improvement(x, y, num_resamples=1).point
+        assert ours == pytest.approx(metrics.probability_of_improvement(x, y))
+        thresholds = np.linspace(80, 120, 11)
+        theirs = [library.run_score_deviation(x, threshold) for threshold in thresholds]
+        np.testing.assert_allclose(performance_profile(x, thresholds), theirs)
+
+
+def test_intervals_are_those_of_rliable():
+    """Up to the noise of resampling: both ends within a tenth of the interval's width."""
+    metrics, library = rliable()
+    x, y = normal_scores(8, 4), normal_scores(8, 4, 1) + 3
+    np.random.seed(0)  # rliable draws from the global generator.
+    _, theirs = library.get_interval_estimates(
+        {"x": x}, lambda scores: np.array([metrics.aggregate_iqm(scores)]), reps=3000
+    )
+    point, low, high = stratified_bootstrap(x, num_resamples=3000)
+    np.testing.assert_allclose([low, high], theirs["x"][:, 0], atol=(high - low) / 10)
+    _, theirs = library.get_interval_estimates(
+        {"x,y": (x, y)},
+        lambda one, other: np.array([metrics.probability_of_improvement(one, other)]),
+        reps=2000,
+    )
+    point, low, high = probability_of_improvement(x, y, num_resamples=2000)
+    np.testing.assert_allclose([low, high], theirs["x,y"][:, 0], atol=(high - low) / 10)

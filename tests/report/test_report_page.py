@@ -2,13 +2,15 @@
 
 import base64
 import csv
+import itertools
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import pytest
-from synthetic_runs import write_run
+from synthetic_runs import write_picture, write_run, write_samples
 
 from esscher.report import write_report
 
@@ -79,7 +81,11 @@ def test_page_is_well_formed_and_needs_nothing_from_elsewhere(comparison):
     inner += re.findall(r"url\(#([^)]*)\)", html)
     assert inner and set(inner) <= set(page.ids)
     outer = [reference for reference in page.references if not reference.startswith("#")]
-    assert all((comparison / name).is_file() for name in outer) and len(outer) == 3
+    assert all((comparison / unquote(name)).is_file() for name in outer)
+    beside = [name for name in outer if "/" not in name]
+    assert beside == ["report_curves.csv", "report_ranking.csv", "report_curves.png"]
+    in_folder = {path.name for path in (comparison / "report_figures").iterdir()}
+    assert {unquote(name.rpartition("/")[2]) for name in outer if "/" in name} == in_folder
 
 
 def test_page_can_be_read_without_sight_and_without_a_mouse(comparison):
@@ -95,6 +101,8 @@ def test_page_can_be_read_without_sight_and_without_a_mouse(comparison):
         assert set(figure["aria-labelledby"].split()) <= set(page.ids)
     headings = [tag for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert headings[0] == "h1" and headings.count("h1") == 1 and set(headings[1:]) == {"h2"}
+    named = [link["aria-label"] for link in page.all("a") if "aria-label" in link]
+    assert len(named) == len(set(named)), "two links of one name lead to different places"
     assert "currentColor" in html and "prefers-color-scheme: dark" in html
     assert "#23272e" not in html, "ink that would vanish on a dark page"
 
@@ -132,6 +140,7 @@ def test_numbers_lie_beside_the_page(comparison):
     with (comparison / "report_curves.csv").open() as file:
         curves = list(csv.DictReader(file))
     assert len(curves) == 12 * 20 + 8
+    assert {row["world"] for row in curves} == {"control"}
     assert (comparison / "report_curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(comparison.glob(".*part")), "a temporary file was left behind"
 
@@ -207,7 +216,171 @@ def test_pictures_that_runs_drew_are_shown(tmp_path):
     data = base64.b64encode(b"\x89PNG picture 3").decode()
     assert shown[3]["src"] == f"data:image/png;base64,{data}"
     assert shown[3]["alt"] == "archive03 of sac on Hopper-v5, seed 0"
-    assert "2 more lie in the runs' figures folders" in page.text
+    assert "2 more pictures of these runs in their own folders" in page.text
+
+
+@pytest.fixture
+def families(tmp_path):
+    """Controllers on two tasks, language models by reward, diffusion models by two measures."""
+    for seed in range(2):
+        for env in ("Hopper-v5", "Walker2d-v5"):
+            for slug, height in (("sac", 2000), ("td3", 1000)):
+                write_run(
+                    tmp_path / f"{env}-{slug}-{seed}", slug, env, seed, height=height, noise=5
+                )
+        for slug, height in (("lite_ppo", 0.9), ("f_dpg", 0.4)):
+            run = write_run(tmp_path / f"{slug}-{seed}", slug, "sums", seed, height=height,
+                            noise=0.01, measure="reward", distance=height * 10)  # fmt: skip
+            write_samples(run, 0, {"1+1=": "before", "2+2=": ""}, finished=True, reward=0.0)
+            write_samples(run, 50_000, {"1+1=": "halfway", "2+2=": "halfway"}, reward=0.5)
+            write_samples(run, 100_000, {"1+1=": f"2 <{slug}>", "2+2=": "5"}, reward=1.0)
+        for slug, measure in (("b2_diffurl", "reward"), ("dragon", "reward of the set")):
+            run = write_run(tmp_path / f"{slug}-{seed}", slug, "digits", seed, height=3,
+                            measure=measure, distance=4.0, noise=0.1)  # fmt: skip
+            write_picture(run, 0, 10)
+            write_picture(run, 50_000, 20)
+            write_picture(run, 100_000, 30)
+    return tmp_path
+
+
+def test_families_and_measures_have_sections_of_their_own(families):
+    _, page = report(families)
+    headings = [tag for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == "h1" and headings.count("h1") == 1
+    levels = [int(heading[1]) for heading in headings]
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    parts = ["Controllers, by return", "Language models, by reward", "Diffusion models, by reward",
+             "Diffusion models, by reward of the set"]  # fmt: skip
+    places = [page.text.rindex(f"{title} {start}") for title, start in
+              zip(parts, ("Over 2 tasks", *["On "] * 3), strict=True)]  # fmt: skip
+    assert places == sorted(places)
+    assert "4 parts, measured differently" in page.text
+    assert "Over 2 tasks, returns normalised per task, sac is ahead" in page.text
+    assert page.text.count("normalised per task") == 1
+    assert "On sums after 100,000 steps lite_ppo" in page.text
+    with (families / "report_ranking.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    together = {(row["world"], row["measure"], row["task"]): set() for row in rows}
+    for row in rows:
+        together[row["world"], row["measure"], row["task"]].add(row["method"])
+    assert together == {
+        ("control", "return", "2 tasks"): {"sac", "td3"},
+        ("control", "return", "Hopper-v5"): {"sac", "td3"},
+        ("control", "return", "Walker2d-v5"): {"sac", "td3"},
+        ("language", "reward", "sums"): {"lite_ppo", "f_dpg"},
+        ("diffusion", "reward", "digits"): {"b2_diffurl"},
+        ("diffusion", "reward of the set", "digits"): {"dragon"},
+    }
+
+
+def test_commands_fit_the_family(families):
+    commands = report(families)[1].text.partition("How to go on")[2]
+    assert "esscher compare sac td3 --env.id Hopper-v5 --steps 100000 --seeds 10" in commands
+    assert "esscher compare f_dpg lite_ppo --model models/small --data sums" in commands
+    assert "esscher compare dragon --model models/small --data digits" in commands
+    for run, form in (("lite_ppo", "transformers"), ("dragon", "diffusers"), ("sac", "onnx")):
+        assert re.search(rf"esscher export \S*{run}\S* --to {form}", commands), run
+    assert re.search(r"esscher sample \S*lite_ppo\S* --prompt TEXT", commands)
+    assert "esscher resume" not in commands  # There is nothing to resume.
+
+
+def test_samples_stand_beside_those_of_the_model_of_before(families):
+    _, page = report(families)
+    text = page.text
+    start = text.index("sums, seed 0 Prompt The model of before")
+    table = text[start : text.index("Diagnostics", start)]
+    assert table == (
+        "sums, seed 0 Prompt The model of before lite_ppo, after 100,000 steps f_dpg, after 100,000 "
+        "steps 1+1= before reward 0.000 2 <lite_ppo> reward 1.00 2 <f_dpg> reward 1.00 2+2= nothing, "
+        "reward 0.000 5 reward 1.00 5 reward 1.00 "
+    )
+    # Another start: each with its own.
+    write_samples(families / "f_dpg-0", 0, {"1+1=": "other", "2+2=": ""})
+    text = report(families)[1].text
+    for method in ("lite_ppo", "f_dpg"):
+        head = f"{method} on sums, seed 0 Prompt The model of before After 100,000 steps 1+1="
+        assert head in text
+    assert "halfway" not in text
+
+
+def test_reward_is_shown_against_the_distance(families):
+    html, page = report(families)
+    assert "Reward on sums, against the distance from the model of before" in html
+    assert "Reward of the set on digits, against the distance" in html
+    with (families / "report_figures" / "language_reward_distance_sums.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 20
+    last = [row for row in rows if row["method"] == "lite_ppo" and row["step"] == "100000"]
+    assert [row["kl_to_reference"] for row in last] == ["9.0", "9.0"]
+    assert not any(
+        "distance_Hopper" in path.name for path in (families / "report_figures").iterdir()
+    )
+
+
+def test_pictures_before_and_after_of_each_method_once(families):
+    """Of the first seed; where methods begin alike, what the model of before drew is shown once."""
+    _, page = report(families)
+    shown = [picture["alt"] for picture in page.all("img")]
+    assert shown == [
+        f"What {slug} drew on digits, seed 0, {when}"
+        for slug in ("b2_diffurl", "dragon")
+        for when in ("before training", "after 100,000 steps")
+    ]
+    assert page.text.count("from the same noise at each step") == 4
+    assert "4 more pictures" not in page.text and "2 more pictures of these runs" in page.text
+    write_run(
+        families / "other", "adaptive_guidance", "digits", height=3, measure="reward", noise=0.1
+    )
+    write_picture(families / "other", 0, 10)
+    write_picture(families / "other", 100_000, 200)
+    shown = [picture["alt"] for picture in report(families)[1].all("img")]
+    assert sum("every method drew on digits, seed 0, before" in alt for alt in shown) == 1
+    assert sum("adaptive_guidance drew" in alt for alt in shown) == 1
+    write_picture(families / "other", 0, 11)
+    shown = [picture["alt"] for picture in report(families)[1].all("img")]
+    assert not any("every method" in alt for alt in shown)
+
+
+def test_every_figure_lies_beside_the_page_as_picture_and_numbers(comparison):
+    (comparison / "going" / "config.json").unlink()
+    folder = comparison / "report_figures"
+    folder.mkdir()
+    (folder / "of_last_time.png").write_bytes(b"old")
+    (folder / "notes.txt").write_text("mine")
+    html, page = report(comparison)
+    names = sorted(path.stem for path in folder.glob("*.png"))
+    assert names == sorted(path.stem for path in folder.glob("*.csv"))
+    assert len(names) == len(page.all("svg")) and "of_last_time" not in names
+    assert (folder / "notes.txt").read_text() == "mine"
+    for path in folder.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG"), path
+    with (folder / "performance_profile.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["method"] == "DSAC-T"]
+    assert [float(row["score"]) for row in rows[::50]] == [0.0, 0.5, 1.0]
+    assert [float(row["fraction_above"]) for row in rows[::50]] == [1.0, 1.0, 0.0]
+    with (folder / "curves_Hopper-v5.csv").open() as file:
+        last = {row["method"]: row for row in csv.DictReader(file)}
+    with (comparison / "report_ranking.csv").open() as file:
+        final = {r["method"]: r for r in csv.DictReader(file) if r["task"] == "Hopper-v5"}
+    assert float(last["sac"]["iqm"]) == pytest.approx(float(final["sac"]["iqm"]))
+    # Not asked for: no folder, and no links into one.
+    write_report([comparison], comparison / "bare" / "report.html", figures=False)
+    assert not (comparison / "bare" / "report_figures").exists()
+    assert "report_figures" not in (comparison / "bare" / "report.html").read_text()
+
+
+def test_three_methods_are_held_against_each_other_in_pairs(tmp_path):
+    for seed in range(3):
+        for slug, height in (("low", 100), ("middle", 200), ("high", 300)):
+            write_run(tmp_path / f"{slug}{seed}", slug, seed=seed, height=height, noise=1)
+    html, _ = report(tmp_path)
+    assert "Probability of improvement on Hopper-v5" in html
+    assert "high over middle 1.00; high over low 1.00; middle over low 1.00." in html
+    with (tmp_path / "report_figures" / "improvement_Hopper-v5.csv").open() as file:
+        rows = {
+            (row["method"], row["over"]): float(row["probability"]) for row in csv.DictReader(file)
+        }
+    assert len(rows) == 6 and rows["low", "high"] == 0.0 and rows["middle", "low"] == 1.0
 
 
 def test_out_may_be_a_folder_and_errors_leave_nothing(tmp_path):

@@ -69,6 +69,18 @@ def test_inline_svg_is_self_contained_and_its_ids_are_its_own():
     assert plots.inline_svg(figure(), "one", "A < B", "x & y") == one
 
 
+def test_what_is_written_in_a_figure_keeps_its_digits():
+    figure = Figure()
+    with matplotlib.rc_context(plots.DRAWING):
+        axes = figure.add_subplot()
+        axes.plot([0.0, 0.123456], [0.0, 1.0])
+        axes.set_title("0.00051234")
+    svg = plots.inline_svg(figure, "one", "x", "y")
+    assert ">0.00051234<" in svg
+    places = re.findall(r' d="([^"]*)"', svg)
+    assert places and not any(re.search(r"\d\.\d{4}", place) for place in places)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
 def test_labels_keep_their_order_and_distance(count):
     levels = np.random.default_rng(count).uniform(0.4, 0.6, count)
@@ -90,11 +102,10 @@ def test_reward_is_drawn_against_distance_where_runs_say_it(tmp_path):
 
     train(smoke("dragon"), tmp_path / "run")
     record = read_run(tmp_path / "run")
-    far, reached = record.distances()
-    assert (
-        len(far) == 3 and far[0] == 0 and far[-1] > 0 and reached.tolist() == list(record.returns)
-    )
-    figure = plots.reward_against_distance([record], plots.method_styles([record.name]))
+    steps, far, reached = record.distances().T
+    assert len(far) == 3 and far[0] == 0 and far[-1] > 0
+    assert steps.tolist() == list(record.steps) and reached.tolist() == list(record.returns)
+    figure = plots.reward_against_distance([record], plots.method_styles([record.name]), "reward")
     assert figure is not None
     (line,) = figure.axes[0].lines[:1]
     assert line.get_xdata().tolist() == far.tolist()

@@ -5,7 +5,7 @@ import pytest
 from synthetic_runs import write_run
 
 from esscher.report import read_run
-from esscher.report.ranking import rank_task, rank_tasks
+from esscher.report.ranking import improvements, rank_groups, rank_task, rank_tasks
 
 
 @pytest.fixture
@@ -78,3 +78,58 @@ def test_tasks_that_methods_do_not_share_are_not_combined(make):
     assert len(rankings) == 2 and overall is None
     with pytest.raises(ValueError, match="one task"):
         rank_task([make("one", "Hopper-v5"), make("two", "Walker2d-v5")])
+
+
+def test_measures_and_families_are_never_ranked_together(make):
+    runs = [
+        make("sac", "same"),
+        make("lite_ppo", "same", measure="reward"),
+        make("f_dpo", "same", measure="preference accuracy"),
+        make("dragon", "same", measure="reward"),
+        make("f_dpg", "other", measure="reward"),
+        make("lite_ppo", "other", measure="reward"),
+        make("f_dpg", "same", measure="reward"),
+    ]
+    groups = rank_groups(runs)
+    assert [(group.world, group.measure) for group in groups] == [
+        ("control", "return"),
+        ("language", "preference accuracy"),
+        ("language", "reward"),
+        ("diffusion", "reward"),
+    ]
+    assert sum(len(group.runs) for group in groups) == len(runs)
+    writers = groups[2]
+    assert [ranking.name for ranking in writers.rankings] == ["other", "same"]
+    assert writers.overall is not None and writers.overall.tasks == ("other", "same")
+    assert {entry.method for entry in writers.overall.entries} == {"f_dpg", "lite_ppo"}
+    assert all(group.overall is None for group in groups if group is not writers)
+    with pytest.raises(ValueError, match="different measures"):
+        rank_tasks([runs[0], make("f_dpo", "third", measure="preference accuracy")])
+    with pytest.raises(ValueError, match="different measures"):
+        rank_task(runs[:3])
+
+
+def test_a_run_not_judged_yet_goes_with_the_others_of_its_task(make):
+    judged = [make("lite_ppo", "sums", seed, measure="reward") for seed in range(2)]
+    (group,) = rank_groups([*judged, make("lite_ppo", "sums", 2, measure="reward", reached=0)])
+    assert group.measure == "reward" and len(group.runs) == 3
+    (entry,) = group.rankings[0].entries
+    assert len(entry.counted) == 2 and len(entry.runs) == 3
+    # Alone it has no other name for what it would be judged by.
+    (group,) = rank_groups([make("lite_ppo", "sums", 3, measure="reward", reached=0)])
+    assert group.measure == "return"
+
+
+def test_improvements_of_every_pair(make):
+    heights = {"one": (100, 300), "two": (200, 200), "three": (50, 50)}
+    runs = [
+        make(slug, seed=seed, height=height, noise=0)
+        for slug, pair in heights.items()
+        for seed, height in enumerate(pair)
+    ]
+    chance = {(p.one.method, p.other.method): p.chance.point for p in improvements(rank_task(runs))}
+    # one wins one of its two against two; three loses all.
+    assert chance == {
+        ("one", "two"): 0.5, ("two", "one"): 0.5, ("one", "three"): 1.0, ("three", "one"): 0.0,
+        ("two", "three"): 1.0, ("three", "two"): 0.0,
+    }  # fmt: skip

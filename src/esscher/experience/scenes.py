@@ -6,7 +6,7 @@ last one, and their mask is False.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,22 @@ class SceneData:
     def lengths(self) -> Int[Tensor, "e"]:
         """Rows of each episode."""
         return torch.bincount(self.episode, minlength=self.num_episodes)
+
+    def of_episodes(self, numbers: Sequence[int]) -> "SceneData":
+        """These episodes alone, in this order."""
+        lengths = self.lengths()
+        first = lengths.cumsum(0) - lengths
+        ranges = [torch.arange(int(first[k]), int(first[k] + lengths[k])) for k in numbers]
+        rows = torch.cat(ranges)
+        kept = torch.as_tensor(list(numbers))
+        return replace(
+            self,
+            images=self.images[rows],
+            state=self.state[rows],
+            action=self.action[rows],
+            episode=torch.arange(len(kept)).repeat_interleave(lengths[kept]),
+            task=self.task[kept],
+        )
 
     def digest(self) -> str:
         """SHA-256 of every column: two data sets with one digest are the same."""

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .ranking import Ranking
-from .runs import RunRecord
+from .ranking import Group
 
 
 def write_whole(path: Path, content: str | bytes) -> Path:
@@ -24,32 +23,39 @@ def write_whole(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def curves_csv(runs: Sequence[RunRecord]) -> str:
-    """Every point of every learning curve; `phase` says whether it was evaluated or trained."""
+def curves_csv(groups: Sequence[Group]) -> str:
+    """Every point of every learning curve; `phase` says whether it was evaluated or trained, and
+    `measure` what the value is.
+    """
     rows = []
-    for run in runs:
-        named = [run.env, run.name, run.slug, run.seed, run.returns_from]
-        for step, value in zip(run.steps, run.returns, strict=True):
-            rows.append([*named, int(step), float(value), run.folder])
-    return _csv(["task", "method", "slug", "seed", "phase", "step", "return", "run"], rows)
+    for group in groups:
+        for run in group.runs:
+            named = [group.world, group.measure, run.env, run.name, run.slug, run.seed]
+            for step, value in zip(run.steps, run.returns, strict=True):
+                rows.append([*named, run.returns_from, int(step), float(value), run.folder])
+    names = ["world", "measure", "task", "method", "slug", "seed", "phase", "step", "value", "run"]
+    return csv_text(names, rows)
 
 
-def ranking_csv(rankings: Sequence[Ranking]) -> str:
+def ranking_csv(groups: Sequence[Group]) -> str:
     """Every row of every ranking, unrounded; an empty cell is undefined."""
-    names = ["task", "step", "rank", "method", "seeds", "iqm", "low", "high", "curve_mean"]
-    names += ["steps_per_second", "seconds", "beats_first", "beats_first_low", "beats_first_high"]
-    names += ["separated_from_first"]
+    names = ["world", "measure", "task", "step", "rank", "method", "seeds", "iqm", "low", "high"]
+    names += ["curve_mean", "steps_per_second", "seconds", "beats_first", "beats_first_low"]
+    names += ["beats_first_high", "separated_from_first"]
     rows = []
-    for ranking in rankings:
-        for rank, entry in enumerate(ranking.entries, 1):
-            row = [ranking.name, ranking.step, rank if entry.scores.size else None, entry.method]
-            row += [entry.num_seeds, *entry.final, entry.curve_mean, entry.steps_per_second]
-            row += [entry.seconds, *entry.over_first]
-            rows.append([*row, None if _is_nan(entry.over_first.point) else entry.separated])
-    return _csv(names, rows)
+    for group in groups:
+        for ranking in group.every:
+            for rank, entry in enumerate(ranking.entries, 1):
+                row = [group.world, group.measure, ranking.name, ranking.step]
+                row += [rank if entry.scores.size else None, entry.method, entry.num_seeds]
+                row += [*entry.final, entry.curve_mean, entry.steps_per_second, entry.seconds]
+                unknown = _is_nan(entry.over_first.point)
+                rows.append([*row, *entry.over_first, None if unknown else entry.separated])
+    return csv_text(names, rows)
 
 
-def _csv(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def csv_text(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table with a head; not a number is an empty cell."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(names)

@@ -1,8 +1,9 @@
-"""One self-contained HTML page from run folders, with its numbers as CSV and its curves as PNG."""
+"""One self-contained HTML page from run folders, with every figure as PNG and CSV beside it."""
 
 import base64
 import html
 import platform
+import re
 import shlex
 from collections.abc import Sequence
 from importlib import metadata
@@ -11,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .files import curves_csv, ranking_csv, write_whole
-from .ranking import SEEDS_NEEDED, Entry, Ranking, rank_tasks
+from .files import csv_text, curves_csv, ranking_csv, write_whole
+from .ranking import SEEDS_NEEDED, Entry, Group, Ranking, rank_groups
 from .runs import RunRecord, find_runs, read_run
 from .settings import settings_cautions, settings_tables
 from .words import (
@@ -25,27 +26,39 @@ from .words import (
     listed,
     number,
     plural,
-    spoken,
+    sentence,
 )
 
 
 def write_report(
-    paths: Sequence[Path], out: Path, title: str | None = None, notes: str | None = None
+    paths: Sequence[Path],
+    out: Path,
+    title: str | None = None,
+    notes: str | None = None,
+    figures: bool = True,
 ) -> Path:
     """Writes one HTML page about the runs at or below `paths`; returns where it is.
 
-    The page needs no network and no script. Beside `report.html` come `report_curves.csv`,
-    `report_ranking.csv` and `report_curves.png`, named after the page. Equal runs give an equal
-    page. out: the page, or a folder for a `report.html`. notes: plain text put under the answer.
-    Raises: ValueError if a path holds no run.
+    The page needs no network and no script. Runs of different families, or judged by different
+    measures, stand in sections of their own. Beside `report.html` come `report_curves.csv`,
+    `report_ranking.csv` and `report_curves.png`, named after the page, and a folder `report_figures`
+    with each figure as PNG and its numbers as CSV; other PNG and CSV files in that folder are removed.
+    Equal runs give an equal page.
+
+    Args:
+        out: the page, or a folder for a `report.html`.
+        notes: plain text put under the answer.
+        figures: whether to write that folder.
+
+    Raises:
+        ValueError: a path holds no run.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from . import plots
 
     runs = [read_run(folder) for folder in find_runs(paths)]
-    rankings, overall = rank_tasks(runs)
-    every = [overall, *rankings] if overall else rankings
+    groups = rank_groups(runs)
     styles = plots.method_styles(run.name for run in runs)
     out = Path(out)
     out = out if out.suffix and not out.is_dir() else out / "report.html"
@@ -57,45 +70,133 @@ def write_report(
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+    rankings = [ranking for group in groups for ranking in group.rankings]
     picture = plots.learning_curves(rankings, styles, columns=2)
     beside = {
-        "_curves.csv": ("the curves in numbers", curves_csv(runs)),
-        "_ranking.csv": ("the rankings in numbers", ranking_csv(every)),
+        "_curves.csv": ("the curves in numbers", curves_csv(groups)),
+        "_ranking.csv": ("the rankings in numbers", ranking_csv(groups)),
         "_curves.png": ("the curves as a picture", plots.png_bytes(picture)),
     }
+    folder = _FigureFolder(out.with_name(f"{out.stem}_figures") if figures else None)
     page = environment.get_template("template.html").render(
         title=title or default_title(runs),
-        answers=[answer(ranking) for ranking in every],
         notes=[part for part in (notes or "").split("\n\n") if part.strip()],
-        cautions=cautions(runs, rankings) + settings_cautions(runs),
-        tables=[_table(ranking) for ranking in every],
+        cautions=cautions(runs, rankings)
+        + [text for group in groups for text in settings_cautions(group.runs)],
         colours={name: style.colour for name, style in styles.items()},
-        figures={
-            "ranking": _ranking_figures(every, styles),
-            "curves": _curve_figures(rankings, styles) + _distance_figures(rankings, styles),
-            "pictures": _pictures(runs),
-            "diagnostics": _diagnostic_figures(rankings, styles),
-        },
-        samples=_samples(runs),
-        settings=settings_tables(runs),
+        groups=[
+            _section(group, number, _part_name(group, groups), styles, folder)
+            for number, group in enumerate(groups)
+        ],
         provenance=_provenance(runs),
-        commands=_commands(runs, every),
+        commands=_commands(runs, groups),
         runs=[_run_row(run) for run in runs],
         beside={out.stem + ending: what for ending, (what, _) in beside.items()},
+        folder=folder.path.name if folder.path else None,
         seeds_needed=SEEDS_NEEDED,
         unknown=UNKNOWN,
     )
+    folder.write()
     for ending, (_, content) in beside.items():
         write_whole(out.with_name(out.stem + ending), content)
     return write_whole(out, page)
 
 
+class _FigureFolder:
+    """Collects the figures of a page, and writes them when the page is complete."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self._files: dict[str, str | bytes] = {}
+
+    def add(self, shown: Any, part: str) -> dict[str, str]:
+        """Takes in a figure; {"PNG": address, "CSV": address} for links, empty without a folder."""
+        if self.path is None:
+            return {}
+        stem = name = re.sub(r"[^\w.-]+", "_", f"{part} {shown.name}").strip("_")
+        count = 1
+        while f"{name}.png" in self._files:
+            count += 1
+            name = f"{stem}_{count}"
+        files: dict[str, str | bytes] = {f"{name}.png": shown.png}
+        if shown.table is not None:
+            files[f"{name}.csv"] = csv_text(*shown.table)
+        self._files |= files
+        return {file[-3:].upper(): f"{self.path.name}/{file}" for file in files}
+
+    def write(self) -> None:
+        if self.path is None:
+            return
+        self.path.mkdir(exist_ok=True)
+        for name, content in self._files.items():
+            write_whole(self.path / name, content)
+        for old in self.path.iterdir():
+            if old.suffix in (".png", ".csv") and old.name not in self._files:
+                old.unlink()
+
+
+def _part_name(group: Group, groups: Sequence[Group]) -> str:
+    return f"{group.world} {group.measure}" if len(groups) > 1 else ""
+
+
+def _section(
+    group: Group, number: int, named: str, styles: dict, folder: _FigureFolder
+) -> dict[str, Any]:
+    """What the page says of runs that can be compared; named: before the names of its files."""
+    from . import figures
+    from .samples import sample_tables
+
+    pictures, left_out = figures.pictures(group)
+    drawn = {
+        "ranking": figures.ranking_figures(group, styles),
+        "curves": figures.curve_figures(group, styles),
+        "pictures": pictures,
+        "diagnostics": figures.diagnostic_figures(group, styles),
+    }
+    return {
+        "id": f"part{number}",
+        "title": group.title,
+        "answers": [answer(ranking) for ranking in group.every],
+        "tables": [_table(ranking) for ranking in group.every],
+        "figures": {
+            kind: [
+                _figure(shown, named, f"part{number}-{kind}-{place}", folder)
+                for place, shown in enumerate(some)
+            ]
+            for kind, some in drawn.items()
+        },
+        "left_out": f"{plural(left_out, 'more picture')} of these runs in their own folders, under "
+        "samples and figures."
+        if left_out
+        else "",
+        "samples": sample_tables(group),
+        "settings": settings_tables(group.runs),
+    }
+
+
+def _figure(shown: Any, part: str, identifier: str, folder: _FigureFolder) -> dict[str, Any]:
+    from . import plots
+
+    if shown.picture is None:
+        image = plots.inline_svg(shown.drawing, identifier, shown.title, shown.description)
+    else:
+        data = base64.b64encode(shown.png).decode()
+        alt = html.escape(shown.description)
+        image = f'<img src="data:image/png;base64,{data}" alt="{alt}">'
+    return {
+        "image": image,
+        "title": shown.title,
+        "caption": shown.caption,
+        "files": folder.add(shown, part),
+    }
+
+
 def _table(ranking: Ranking) -> dict[str, Any]:
     """A ranking as text; a cell is its text, the number it is sorted by, and a remark."""
     single = len(ranking.tasks) == 1
-    score = "Normalised return" if not single else "Return"
+    score = sentence(ranking.measure) if single else f"Normalised {ranking.measure}"
     if ranking.step is not None:
-        score = f"{ranking.measure.capitalize()} after {ranking.step:,} steps"
+        score += f" after {plural(ranking.step, 'step')}"
     columns = ["Rank", "Method", "Seeds", score, *(["Curve mean"] if single else [])]
     columns += ["Steps/s", "Time a run", "P(beats first)"]
     rows = []
@@ -134,153 +235,6 @@ def _unfinished(entry: Entry) -> str:
     return f"{plural(len(steps), 'run')} unfinished at step {places}"
 
 
-def _ranking_figures(every: Sequence[Ranking], styles: dict) -> list[dict[str, str]]:
-    from . import plots
-
-    figures = [
-        _figure(
-            f"ranking-{index}",
-            plots.ranking_intervals(ranking, styles),
-            f"Final return of each method on {ranking.name}",
-            spoken(ranking),
-            f"{ranking.name}: interquartile mean, 95% interval and single runs (small marks).",
-        )
-        for index, ranking in enumerate(every)
-        if len(ranking.scored) > 1
-    ]
-    several = [ranking for ranking in every if len(ranking.tasks) > 1]
-    return figures + [
-        _figure(
-            "profile",
-            plots.performance_profiles(ranking, styles),
-            "Performance profiles",
-            f"Fraction of the runs of each method above each normalised score. {spoken(ranking)}",
-            "Performance profile: at each score, the method with the higher line has more runs "
-            "above it; bands are 95% intervals.",
-        )
-        for ranking in several
-    ]
-
-
-def _curve_figures(rankings: Sequence[Ranking], styles: dict) -> list[dict[str, str]]:
-    from . import plots
-
-    return [
-        _figure(
-            f"curves-{index}",
-            plots.learning_curves([ranking], styles),
-            f"Learning curves on {ranking.name}",
-            spoken(ranking),
-            f"{ranking.name}: bold, the interquartile mean with its 95% bootstrap band; thin, "
-            "single runs; thin and dashed, runs that are not scored.",
-        )
-        for index, ranking in enumerate(rankings)
-    ]
-
-
-def _distance_figures(rankings: Sequence[Ranking], styles: dict) -> list[dict[str, str]]:
-    from . import plots
-
-    drawings = [
-        plots.reward_against_distance(
-            [run for entry in ranking.entries for run in entry.runs], styles
-        )
-        for ranking in rankings
-    ]
-    return [
-        _figure(
-            f"distance-{index}",
-            drawing,
-            f"What was reached on {ranking.name}, against the distance from the model of before",
-            "Each evaluation of each run: its mean against its KL to the model of before.",
-            f"{ranking.name}: each evaluation, a line a run; further up is better, further right is "
-            "further from the model that training began with.",
-        )
-        for index, (ranking, drawing) in enumerate(zip(rankings, drawings, strict=True))
-        if drawing is not None
-    ]
-
-
-def _diagnostic_figures(rankings: Sequence[Ranking], styles: dict) -> list[dict[str, str]]:
-    from . import plots
-
-    drawings = [
-        plots.diagnostics([run for entry in ranking.entries for run in entry.runs], styles)
-        for ranking in rankings
-    ]
-    return [
-        _figure(
-            f"diagnostics-{index}",
-            drawing,
-            f"Training metrics on {ranking.name}",
-            "Each logged training metric against steps, one panel each.",
-            f"{ranking.name}: mean over seeds, shaded from the lowest to the highest seed.",
-        )
-        for index, (ranking, drawing) in enumerate(zip(rankings, drawings, strict=True))
-        if drawing is not None
-    ]
-
-
-PICTURES_SHOWN = 12
-
-
-def _pictures(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
-    """What runs drew, first and last, and of themselves; the first so many, others are only files."""
-    found = [(run, path) for run in runs for path in run.pictures()]
-    shown = []
-    for run, path in found[:PICTURES_SHOWN]:
-        name = path.stem
-        if path.parent.name == "samples":
-            name = f"samples after {int(path.stem[5:]):,} steps"
-        what = html.escape(f"{name} of {run.name} on {run.env}, seed {run.seed}")
-        data = base64.b64encode(path.read_bytes()).decode()
-        shown.append(
-            {"svg": f'<img src="data:image/png;base64,{data}" alt="{what}">', "caption": what}
-        )
-    if shown and len(found) > len(shown):
-        shown[-1]["caption"] += (
-            f" ({len(found) - len(shown)} more lie in the runs' figures folders)"
-        )
-    return shown
-
-
-SAMPLES_SHOWN = 8
-RUNS_WITH_SAMPLES = 6
-
-
-def _samples(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """What language models wrote first and last, of each method's first seed."""
-    firsts: dict[tuple[str, str], RunRecord] = {}
-    for run in sorted(runs, key=lambda run: run.seed):
-        firsts.setdefault((run.env, run.name), run)
-    tables = []
-    for run in firsts.values():
-        written = run.samples()
-        if not written or len(tables) == RUNS_WITH_SAMPLES:
-            continue
-        columns = ["Prompt", *[f"After {step:,} steps" for step, _ in written]]
-        rows = [
-            [(same[0]["prompt"], ""), *[(s["completion"], _sample_mark(s)) for s in same]]
-            for same in zip(*[samples for _, samples in written], strict=False)
-        ]
-        name = f"{run.name} on {run.env}, seed {run.seed}"
-        tables.append({"name": name, "columns": columns, "rows": rows[:SAMPLES_SHOWN]})
-    return tables
-
-
-def _sample_mark(sample: dict[str, Any]) -> str:
-    marks = [f"reward {number(sample['reward'])}"] if "reward" in sample else []
-    return ", ".join(marks if sample.get("finished", True) else [*marks, "cut at the length limit"])
-
-
-def _figure(
-    identifier: str, drawing: Any, title: str, description: str, caption: str
-) -> dict[str, str]:
-    from . import plots
-
-    return {"svg": plots.inline_svg(drawing, identifier, title, description), "caption": caption}
-
-
 def _provenance(runs: Sequence[RunRecord]) -> dict[str, str]:
     """Where the runs and the page come from."""
     packages = [f"{name} {_version(name)}" for name in ("esscher", "numpy", "matplotlib")]
@@ -314,44 +268,63 @@ def _version(package: str) -> str:
         return "(not installed, source tree)"
 
 
-def _commands(runs: Sequence[RunRecord], every: Sequence[Ranking]) -> list[tuple[str, str]]:
+def _commands(runs: Sequence[RunRecord], groups: Sequence[Group]) -> list[tuple[str, str]]:
     """What to type next, each with its purpose."""
-    scored = [ranking.scored[0] for ranking in every if ranking.scored]
-    best = max(scored[0].counted, key=lambda run: run.returns[-1]) if scored else runs[0]
-    commands = [
+    unfinished = [
         (f"Go on with {run.name}, seed {run.seed}, on {run.env}", f"esscher resume {_path(run)}")
         for run in runs
         if not run.finished
     ]
-    commands = commands or [("Go on with a run that was interrupted", "esscher resume RUN")]
-    slugs = " ".join(shlex.quote(slug) for slug in sorted({run.slug for run in runs}))
-    if best.embeds:
+    return unfinished + [command for group in groups for command in _commands_of(group)]
+
+
+def _commands_of(group: Group) -> list[tuple[str, str]]:
+    scored = [ranking.scored[0] for ranking in group.every if ranking.scored]
+    best = max(scored[0].counted, key=lambda run: run.returns[-1]) if scored else group.runs[0]
+    slugs = " ".join(shlex.quote(slug) for slug in sorted({run.slug for run in group.runs}))
+    again = (f"Judge {best.name}, seed {best.seed}, again", f"esscher eval {_path(best)}")
+    more = f"esscher compare {slugs} {_task(best)} --seeds 10"
+    seeds = ("Learn more with more seeds", more)
+    if group.world == "sets":
         return [
-            *commands,
-            (f"Judge {best.name}, seed {best.seed}, again", f"esscher eval {_path(best)}"),
+            again,
             ("Draw its populations again", f"esscher sample {_path(best)}"),
             ("Read the vectors of its populations", f"head {_path(best)}/embeddings.csv"),
         ]
-    language = best.model is not None
-    also = [("Let it write", f"esscher sample {_path(best)} --prompt TEXT")] if language else []
-    form = "transformers" if language else "onnx"
+    if group.world == "language":
+        return [
+            again,
+            ("Let it write", f"esscher sample {_path(best)} --prompt TEXT"),
+            ("Take its model to another tool", f"esscher export {_path(best)} --to transformers"),
+            seeds,
+        ]
+    if group.world == "diffusion":
+        return [
+            again,
+            ("Let it draw", f"esscher sample {_path(best)}"),
+            ("Take its model to another tool", f"esscher export {_path(best)} --to diffusers"),
+            seeds,
+        ]
     return [
-        *commands,
         (f"Evaluate {best.name}, seed {best.seed}, again", f"esscher eval {_path(best)}"),
-        *also,
-        ("Take its policy to another tool", f"esscher export {_path(best)} --to {form}"),
-        ("Learn more with more seeds", f"esscher compare {slugs} {_task(best)} --seeds 10"),
+        ("Take its policy to another tool", f"esscher export {_path(best)} --to onnx"),
+        seeds,
     ]
 
 
 def _task(run: RunRecord) -> str:
+    """The task of a run, as options of the command."""
     stage = run.config["stages"][-1]
+    given: dict[str, Any] = {"data": stage.get("data"), "steps": stage["steps"]}
     if run.model is None:
-        return f"--env.id {shlex.quote(run.env)} --steps {stage['steps']}"
-    text = stage.get("text") or {}
-    given = {"model": run.model, "data": stage.get("data"), "steps": stage["steps"]}
-    given |= {name: text.get(name) for name in ("task", "reward")}
-    return " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in given.items() if v is not None)
+        given = {"env.id": run.env, **given}
+    else:
+        part = stage.get("image" if run.world == "diffusion" else "text") or {}
+        given = {"model": run.model, **given}
+        given |= {name: part.get(name) for name in ("task", "game", "reward")}
+    said = [f"--{name} {shlex.quote(str(v))}" for name, v in given.items() if v is not None]
+    labels = (stage.get("image") or {}).get("labels") if run.model is not None else None
+    return " ".join(said + ([f"--image.labels {' '.join(map(str, labels))}"] if labels else []))
 
 
 def _path(run: RunRecord) -> str:

@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .aggregate import (
+    Interval,
     bootstrap_curves,
     common_grid,
     interpolate_curve,
@@ -27,7 +28,7 @@ from .aggregate import (
     stratified_bootstrap,
 )
 from .files import write_whole
-from .ranking import Entry, Ranking
+from .ranking import Entry, Improvement, Ranking
 from .runs import RunRecord
 
 INK = "#23272e"
@@ -62,6 +63,7 @@ DRAWING: dict[Any, Any] = {
 SMALL: dict[Any, Any] = {**DRAWING, "axes.titlesize": 10, "font.size": 9}
 WIDTH = 6.0  # inches; the page scales it, so that 10 points stay readable on a phone
 SHOWN_POINTS = 120  # of one line in the diagnostics
+THRESHOLDS = np.linspace(0.0, 1.0, 101)  # of a performance profile
 
 
 class MethodStyle(NamedTuple):
@@ -131,16 +133,13 @@ def performance_profiles(ranking: Ranking, styles: dict[str, MethodStyle]) -> Fi
     with matplotlib.rc_context(DRAWING):
         figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
         axes = figure.add_subplot()
-        thresholds = np.linspace(0.0, 1.0, 101)
         ends = []
         for entry in ranking.scored:
             style = styles[entry.method]
-            profile = stratified_bootstrap(
-                entry.scores, lambda scores: performance_profile(scores, thresholds), 500
-            )
-            axes.fill_between(thresholds, profile.low, profile.high, color=style.colour,
+            profile = profile_of(entry)
+            axes.fill_between(THRESHOLDS, profile.low, profile.high, color=style.colour,
                               alpha=0.15, linewidth=0, step="post")  # fmt: skip
-            axes.step(thresholds, profile.point, where="post", color=style.colour,
+            axes.step(THRESHOLDS, profile.point, where="post", color=style.colour,
                       linestyle=style.dashes, linewidth=2)  # fmt: skip
             ends.append((entry.method, 1.0, float(np.mean(profile.point))))
         axes.set(xlabel="normalised score", title="fraction of runs above the score",
@@ -149,12 +148,34 @@ def performance_profiles(ranking: Ranking, styles: dict[str, MethodStyle]) -> Fi
     return figure
 
 
+def improvement_intervals(pairs: Sequence[Improvement]) -> Figure:
+    """Chance that a run of the one method beats one of the other, with its 95% interval, a row a
+    pair; where the interval crosses one half the data do not tell.
+    """
+    with matplotlib.rc_context(DRAWING):
+        figure = Figure(figsize=(WIDTH, 0.75 + 0.34 * len(pairs)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axvline(0.5, color=INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6)
+        for row, pair in enumerate(pairs):
+            axes.plot(pair.chance[1:], [row, row], color=PALETTE[0], linewidth=5, alpha=0.55,
+                      solid_capstyle="round")  # fmt: skip
+            axes.plot(pair.chance.point, row, "o", color=PALETTE[0], markersize=8)
+        names = [f"{short(one.method, 18)} > {short(other.method, 18)}" for one, other, _ in pairs]
+        axes.set_yticks(range(len(pairs)), names)
+        axes.set_ylim(len(pairs) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(visible=False, axis="y")
+        axes.set(xlabel="probability of improvement", xlim=(-0.02, 1.02))
+    return figure
+
+
 def diagnostics(runs: Sequence[RunRecord], styles: dict[str, MethodStyle]) -> Figure | None:
     """Every training metric, one small panel each: mean over seeds, shaded from least to most.
 
     Long records are averaged into at most 120 bins; None if the runs logged no metric.
     """
-    names = list(dict.fromkeys(name for run in runs for name in run.metric_names()))
+    names = metric_names(runs)
     methods = sorted({run.name for run in runs})
     if not names:
         return None
@@ -174,26 +195,27 @@ def diagnostics(runs: Sequence[RunRecord], styles: dict[str, MethodStyle]) -> Fi
 
 
 def reward_against_distance(
-    runs: Sequence[RunRecord], styles: dict[str, MethodStyle]
+    runs: Sequence[RunRecord], styles: dict[str, MethodStyle], measure: str
 ) -> Figure | None:
     """What each evaluation reached against its distance from the model of before, a line a run.
 
     None if no run was evaluated twice at such a distance.
     """
-    found = [(run, *run.distances()) for run in runs]
-    found = [(run, far, reached) for run, far, reached in found if len(far) > 1]
+    found = [(run, run.distances()) for run in runs]
+    found = [(run, rows) for run, rows in found if len(rows) > 1]
     if not found:
         return None
     with matplotlib.rc_context(DRAWING):
         figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
         axes = figure.add_subplot()
         ends: dict[str, tuple[str, float, float]] = {}
-        for run, far, reached in found:
+        for run, rows in found:
+            _, far, reached = rows.T
             style = styles[run.name]
             axes.plot(far, reached, color=style.colour, linestyle=style.dashes, linewidth=1.2,
                       marker=style.marker, markersize=4, alpha=0.8)  # fmt: skip
             ends.setdefault(run.name, (run.name, float(far[-1]), float(reached[-1])))
-        axes.set(xlabel="KL to the model of before, nats", title=found[0][0].measure)
+        axes.set(xlabel="KL to the model of before, nats", title=f"{found[0][0].env}: {measure}")
         format_axis(axes.xaxis, 6)
         format_axis(axes.yaxis, 5)
         _label_ends(axes, list(ends.values()), styles, 2.7)
@@ -209,6 +231,7 @@ def inline_svg(figure: Figure, identifier: str, title: str, description: str) ->
     buffer = io.StringIO()
     with matplotlib.rc_context(DRAWING):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.set_layout_engine("none")  # Found once: a PNG of it keeps the places.
     svg = buffer.getvalue()
     view_box = svg.split('viewBox="', 1)[1].split('"', 1)[0]
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
@@ -216,7 +239,7 @@ def inline_svg(figure: Figure, identifier: str, title: str, description: str) ->
     body = re.sub(r"<defs>\s*</defs>", "", body)
     body = body.replace("xlink:href", "href").replace(INK, "currentColor")
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{identifier}-", body)
-    body = re.sub(r"(\d\.\d{3})\d+", r"\1", body)
+    body = re.sub(r"<[^>]*>", lambda tag: _rounded(tag.group()), body)  # Not what is written.
     body = re.sub(r"\n\s*", "\n", body).strip()
     return (
         f'<svg viewBox="{view_box}" role="img" style="stroke-linejoin:round" '
@@ -224,6 +247,11 @@ def inline_svg(figure: Figure, identifier: str, title: str, description: str) ->
         f'<title id="{identifier}-title">{escape(title)}</title>\n'
         f'<desc id="{identifier}-description">{escape(description)}</desc>\n{body}\n</svg>'
     )
+
+
+def _rounded(tag: str) -> str:
+    """Coordinates to a thousandth of a point."""
+    return re.sub(r"(\d\.\d{3})\d+", r"\1", tag)
 
 
 def png_bytes(figure: Figure, dots_per_inch: int = 160) -> bytes:
@@ -272,16 +300,50 @@ def _draw_curves(
 
 def _draw_band(axes: Axes, entry: Entry, style: MethodStyle) -> tuple[float, float]:
     """Draws a method's line and band where all its scored runs have a curve; returns its end."""
+    grid, (middle, low, high) = band_of(entry)
+    axes.fill_between(grid, low, high, color=style.colour, alpha=0.18, linewidth=0)
+    axes.plot(grid, middle, color=style.colour, linestyle=style.dashes, linewidth=2)
+    axes.plot(grid[-1], middle[-1], style.marker, color=style.colour, markersize=6, clip_on=False)
+    return grid[-1], middle[-1]
+
+
+def band_of(entry: Entry) -> tuple[np.ndarray, Interval[np.ndarray]]:
+    """Steps and interquartile mean with its 95% band, where all scored runs have a curve."""
     start = max(run.steps[0] for run in entry.counted)
     stop = min(run.steps[-1] for run in entry.counted)
     grid = common_grid([run.steps for run in entry.counted])
     grid = np.unique([start, *grid[(grid > start) & (grid < stop)], stop])
     curves = [interpolate_curve(run.steps, run.returns, grid) for run in entry.counted]
-    middle, low, high = bootstrap_curves(np.array(curves))
-    axes.fill_between(grid, low, high, color=style.colour, alpha=0.18, linewidth=0)
-    axes.plot(grid, middle, color=style.colour, linestyle=style.dashes, linewidth=2)
-    axes.plot(grid[-1], middle[-1], style.marker, color=style.colour, markersize=6, clip_on=False)
-    return grid[-1], middle[-1]
+    return grid, bootstrap_curves(np.array(curves))
+
+
+def profile_of(entry: Entry) -> Interval[np.ndarray]:
+    """Fraction of the runs above each of `THRESHOLDS`, with its 95% band."""
+    return stratified_bootstrap(
+        entry.scores, lambda scores: performance_profile(scores, THRESHOLDS), 500
+    )
+
+
+def spread_of(
+    name: str, runs: Sequence[RunRecord]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """A training metric of one method's runs: steps, mean over seeds, lowest and highest seed; None
+    if none of them logged it.
+    """
+    series = [_thinned(*curve) for curve in (run.metric(name) for run in runs) if len(curve[0])]
+    if not series:
+        return None
+    grid = common_grid([steps for steps, _ in series], SHOWN_POINTS)
+    values = np.array([interpolate_curve(*curve, grid) for curve in series])
+    known = ~np.isnan(values).all(axis=0)
+    grid, values = grid[known], values[:, known]
+    low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+    return grid, np.nanmean(values, axis=0), low, high
+
+
+def metric_names(runs: Sequence[RunRecord]) -> list[str]:
+    """Of all training metrics that some of these runs logged."""
+    return list(dict.fromkeys(name for run in runs for name in run.metric_names()))
 
 
 def _draw_metric(
@@ -293,22 +355,16 @@ def _draw_metric(
 ) -> None:
     everything = []
     for method in methods:
-        series = [run.metric(name) for run in runs if run.name == method]
-        series = [_thinned(*curve) for curve in series if len(curve[0])]
-        if not series:
+        found = spread_of(name, [run for run in runs if run.name == method])
+        if found is None:
             continue
-        grid = common_grid([steps for steps, _ in series], SHOWN_POINTS)
-        values = np.array([interpolate_curve(*curve, grid) for curve in series])
-        known = ~np.isnan(values).all(axis=0)
-        grid, values = grid[known], values[:, known]
+        grid, mean, low, high = found
         style = styles[method]
-        axes.fill_between(grid, np.nanmin(values, axis=0), np.nanmax(values, axis=0),
-                          color=style.colour, alpha=0.18, linewidth=0)  # fmt: skip
-        axes.plot(grid, np.nanmean(values, axis=0), color=style.colour, linewidth=1.3,
+        axes.fill_between(grid, low, high, color=style.colour, alpha=0.18, linewidth=0)
+        axes.plot(grid, mean, color=style.colour, linewidth=1.3,
                   linestyle=style.dashes, marker="." if len(grid) == 1 else None)  # fmt: skip
-        everything.append(values.ravel())
+        everything += [low, high]
     pooled = np.concatenate(everything)
-    pooled = pooled[~np.isnan(pooled)]
     logarithmic = pooled.min() > 0 and pooled.max() > 1000 * pooled.min()
     axes.set_title(short(name, 34) + (" (log scale)" if logarithmic else ""))
     format_axis(axes.xaxis, 4)
@@ -378,8 +434,8 @@ def format_axis(axis: Axis, ticks: int) -> None:
 
 def _score_name(ranking: Ranking) -> str:
     if ranking.step is None:
-        return "normalised final return (0 worst run, 1 best run of each task)"
-    return f"{ranking.name}: return after {ranking.step:,} steps"
+        return f"normalised final {ranking.measure} (0 worst run, 1 best run of each task)"
+    return f"{ranking.name}: {ranking.measure} after {ranking.step:,} steps"
 
 
 def compact(value: float, _: int | None = None) -> str:

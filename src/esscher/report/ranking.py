@@ -2,10 +2,12 @@
 
 Methods are compared at one step per task, the largest that every finished run of the task
 reached (that every run reached, while none is finished). Runs short of it are shown, not scored.
+Runs of different families, or judged by different measures, are never ranked or averaged together.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +22,12 @@ from .aggregate import (
 from .runs import RunRecord
 
 SEEDS_NEEDED = 3  # with fewer, no order between two methods is claimed
+WORLDS = {
+    "control": "Controllers",
+    "language": "Language models",
+    "diffusion": "Diffusion models",
+    "sets": "Populations",
+}
 UNDEFINED = Interval(float("nan"), float("nan"), float("nan"))
 
 
@@ -74,13 +82,65 @@ class Ranking:
         """The entries with at least one scored run."""
         return tuple(entry for entry in self.entries if entry.scores.size)
 
+    @property
+    def runs(self) -> list[RunRecord]:
+        """Of every method, scored or not."""
+        return [run for entry in self.entries for run in entry.runs]
 
-def rank_task(runs: Sequence[RunRecord], *, alone: bool = True) -> Ranking:
-    """Ranks the methods among runs of one task by the interquartile mean of their returns.
 
-    alone: there are no runs of this task that are measured by something else.
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that can be compared: of one world, judged by one measure."""
+
+    world: str
+    measure: str
+    runs: tuple[RunRecord, ...]
+    rankings: tuple[Ranking, ...]
+    """One a task."""
+    overall: Ranking | None
+    """Over all tasks that every method was scored on, where those are several."""
+
+    @property
+    def every(self) -> tuple[Ranking, ...]:
+        """The overall ranking, if there is one, and those of the tasks."""
+        return (self.overall, *self.rankings) if self.overall else self.rankings
+
+    @property
+    def title(self) -> str:
+        """Such as "Controllers, by return"."""
+        return f"{WORLDS.get(self.world, self.world)}, by {self.measure}"
+
+
+def rank_groups(runs: Sequence[RunRecord]) -> list[Group]:
+    """Runs sorted into groups that can be compared, and ranked within each, in the order of `WORLDS`.
+
+    A run without any evaluation does not say by what it is judged: it goes with those of its task, if
+    these are judged by one measure.
     """
-    tasks, measures = {run.env for run in runs}, {run.measure for run in runs}
+    measured: dict[tuple[str, str], set[str]] = {}
+    for run in runs:
+        if run.evaluations:
+            measured.setdefault((run.world, run.env), set()).add(run.measure)
+    members: dict[tuple[str, str], list[RunRecord]] = {}
+    for run in runs:
+        (likely, *others) = measured.get((run.world, run.env), {run.measure})
+        measure = run.measure if run.evaluations or len(run.steps) or others else likely
+        members.setdefault((run.world, measure), []).append(run)
+    order = {world: place for place, world in enumerate(WORLDS)}
+    groups = []
+    for world, measure in sorted(members, key=lambda kind: (order.get(kind[0], 99), kind)):
+        own = members[world, measure]
+        rankings, overall = rank_tasks(own, measure)
+        groups.append(Group(world, measure, tuple(own), tuple(rankings), overall))
+    return groups
+
+
+def rank_task(runs: Sequence[RunRecord], measure: str | None = None) -> Ranking:
+    """Ranks the methods among runs of one task by the interquartile mean of what they reached.
+
+    measure: what that is; by default what the runs say, which must then be the same.
+    """
+    tasks, measures = {run.env for run in runs}, {measure or run.measure for run in runs}
     if len(measures) > 1:
         raise ValueError(f"runs with different measures cannot be ranked: {sorted(measures)}")
     if len(tasks) != 1:
@@ -98,24 +158,25 @@ def rank_task(runs: Sequence[RunRecord], *, alone: bool = True) -> Ranking:
         curve_mean = interquartile_mean([_area(run, start, step) for run in reached])
         entries.append(_entry(method, own, reached, scores, curve_mean))
     (task,) = tasks
-    (measure,) = measures
-    name = task if measure == "return" or alone else f"{task}, {measure}"
+    (said,) = measures
     last = None if np.isnan(step) else int(step)
-    return Ranking(name, (task,), last, _ordered(entries), measure)
+    return Ranking(task, (task,), last, _ordered(entries), said)
 
 
-def rank_tasks(runs: Sequence[RunRecord]) -> tuple[list[Ranking], Ranking | None]:
+def rank_tasks(
+    runs: Sequence[RunRecord], measure: str | None = None
+) -> tuple[list[Ranking], Ranking | None]:
     """One ranking per task, and the one over all tasks that every method was scored on.
 
     Over tasks, scores are normalised per task: 0 is the worst final return among these runs, 1
     the best. It is None unless two methods or more share two tasks or more.
     """
-    kinds = sorted({(run.env, run.measure) for run in runs})
-    tasks = [task for task, _ in kinds]
     rankings = [
-        rank_task([r for r in runs if (r.env, r.measure) == kind], alone=tasks.count(kind[0]) == 1)
-        for kind in kinds
+        rank_task([run for run in runs if run.env == task], measure)
+        for task in sorted({run.env for run in runs})
     ]
+    if len({ranking.measure for ranking in rankings}) > 1:
+        raise ValueError("tasks judged by different measures cannot be averaged: use rank_groups")
     methods = sorted({run.name for run in runs})
     shared = [ranking for ranking in rankings if len(ranking.scored) == len(methods)]
     if len(shared) < 2 or len(methods) < 2:
@@ -133,7 +194,26 @@ def rank_tasks(runs: Sequence[RunRecord]) -> tuple[list[Ranking], Ranking | None
         counted = tuple(run for entry in own for run in entry.counted)
         entries.append(_entry(method, every, counted, scores, float("nan")))
     tasks = tuple(ranking.name for ranking in shared)
-    return rankings, Ranking(f"{len(tasks)} tasks", tasks, None, _ordered(entries))
+    said = shared[0].measure
+    return rankings, Ranking(f"{len(tasks)} tasks", tasks, None, _ordered(entries), said)
+
+
+class Improvement(NamedTuple):
+    """Chance that a run of `one` scores above a run of `other`."""
+
+    one: Entry
+    other: Entry
+    chance: Interval[float]
+
+
+def improvements(ranking: Ranking) -> list[Improvement]:
+    """Of every ordered pair of scored methods, in the order of the ranking."""
+    return [
+        Improvement(one, other, probability_of_improvement(one.scores, other.scores))
+        for one in ranking.scored
+        for other in ranking.scored
+        if one is not other
+    ]
 
 
 def _entry(

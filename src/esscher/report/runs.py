@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from esscher.registry import catalogue, declared
+
 
 @dataclass(frozen=True, eq=False)
 class RunRecord:
@@ -38,8 +40,17 @@ class RunRecord:
         return self.label or self.slug
 
     @property
+    def world(self) -> str:
+        """What the method is about: "control", "language", "diffusion" or "sets". A method that this
+        catalogue does not have counts as a controller.
+        """
+        return (
+            declared(self.slug).get("world", "control") if self.slug in catalogue() else "control"
+        )
+
+    @property
     def model(self) -> str | None:
-        """What a language model was before; None of a controller."""
+        """What a language or diffusion model was before; None of a controller."""
         return ((self.config.get("stages") or [{}])[-1].get("model") or {}).get("source")
 
     @property
@@ -47,23 +58,20 @@ class RunRecord:
         """What the numbers of its curve are: "return", or what its evaluations say."""
         return str(next((row["measure"] for row in self.evaluations if "measure" in row), "return"))
 
-    @property
-    def embeds(self) -> bool:
-        """Whether it is about populations, of which it lists a vector each."""
-        return (self.folder / "embeddings.csv").exists()
-
     def samples(self) -> list[tuple[int, list[dict[str, Any]]]]:
         """What a language model wrote at its first and its last evaluation: step, samples."""
         files = sorted((self.folder / "samples").glob("step_*.json"))
         ends = files[:1] + files[1:][-1:]
         return [(int(path.stem[5:]), _read_json(path)) for path in ends]
 
-    def pictures(self) -> list[Path]:
-        """What a diffusion model drew at its first and its last evaluation, and what a method drew of
-        itself.
-        """
-        drawn = sorted((self.folder / "samples").glob("step_*.png"))
-        return [*drawn[:1], *drawn[1:][-1:], *sorted((self.folder / "figures").glob("*.png"))]
+    def drawn(self) -> list[tuple[int, Path]]:
+        """What was drawn at the first and the last evaluation, from the same noise: step, picture."""
+        files = sorted((self.folder / "samples").glob("step_*.png"))
+        return [(int(path.stem[5:]), path) for path in files[:1] + files[1:][-1:]]
+
+    def figures(self) -> list[Path]:
+        """What the method drew of itself."""
+        return sorted((self.folder / "figures").glob("*.png"))
 
     @property
     def finished(self) -> bool:
@@ -105,14 +113,13 @@ class RunRecord:
         """Steps and values of one training scalar (shape: points), non-finite values left out."""
         return _curve(self.training, name)
 
-    def distances(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each evaluation that says so: KL to the model of before, nats; and what was reached
-        (shape: points).
+    def distances(self) -> np.ndarray:
+        """Of each evaluation that says so, a row (shape: evaluations, 3): step, KL to the model of
+        before in nats, and what was reached.
         """
         rows = [row for row in self.evaluations if _is_number(row.get("kl_to_reference"))]
-        found = [(row["kl_to_reference"], row["return_mean"]) for row in rows]
-        columns = np.array(found, dtype=float).reshape(-1, 2)
-        return columns[:, 0], columns[:, 1]
+        found = [(row["step"], row["kl_to_reference"], row["return_mean"]) for row in rows]
+        return np.array(found, dtype=float).reshape(-1, 3)
 
     def _last_rows(self) -> list[dict[str, Any]]:
         result = [self.result] if self.result else []

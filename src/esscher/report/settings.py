@@ -57,7 +57,7 @@ def _values(runs: Sequence[RunRecord]) -> dict[str, dict[str, tuple[str, ...]]]:
     """{setting: {method: its different values as text, sorted}}."""
     settings: dict[str, dict[str, set[str]]] = {}
     for run in runs:
-        for name, value in _flat(run.config).items():
+        for name, value in flat(run.config).items():
             if name not in NAMES:
                 settings.setdefault(name, {}).setdefault(run.name, set()).add(value)
     return {
@@ -66,7 +66,7 @@ def _values(runs: Sequence[RunRecord]) -> dict[str, dict[str, tuple[str, ...]]]:
     }
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+def flat(value: Any, prefix: str = "") -> dict[str, str]:
     """Nested configuration as {"stages.0.env.id": text}; a list of plain values is one text."""
     nested = isinstance(value, dict) or (
         isinstance(value, list) and any(isinstance(part, dict | list) for part in value)
@@ -74,7 +74,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
     if not nested or not value:
         return {prefix: value if isinstance(value, str) and value else json.dumps(value)}
     parts = value.items() if isinstance(value, dict) else enumerate(value)
-    flat: dict[str, str] = {}
+    found: dict[str, str] = {}
     for name, part in parts:
-        flat |= _flat(part, f"{prefix}.{name}" if prefix else str(name))
-    return flat
+        found |= flat(part, f"{prefix}.{name}" if prefix else str(name))
+    return found

@@ -44,7 +44,17 @@ def duration(seconds: float) -> str:
 
 def plural(amount: int, thing: str) -> str:
     """Counts: "1 seed", "3 seeds"."""
-    return f"{amount} {thing}{'' if amount == 1 else 's'}"
+    return f"{amount:,} {thing}{'' if amount == 1 else 's'}"
+
+
+def sentence(text: str) -> str:
+    """With a capital at its start, names within it as they are."""
+    return text[:1].upper() + text[1:]
+
+
+def moment(step: int) -> str:
+    """When something was drawn or written: "before training", "after 1,000 steps"."""
+    return "before training" if step == 0 else f"after {plural(step, 'step')}"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -62,14 +72,15 @@ def default_title(runs: Sequence[RunRecord]) -> str:
 def answer(ranking: Ranking) -> str:
     """One sentence: who is ahead, by how much, and whether that is more than chance."""
     if not ranking.scored:
-        return f"On {ranking.name} no run has recorded a return yet, so there is nothing to rank."
+        return f"On {ranking.name} no run has recorded a {ranking.measure} yet, so there is nothing to rank."
     where = (
-        f"On {ranking.name} after {ranking.step:,} steps"
+        f"On {ranking.name} after {plural(ranking.step, 'step')}"
         if ranking.step is not None
-        else f"Over {ranking.name}, returns normalised per task,"
+        else f"Over {ranking.name}, {_plainly(ranking.measure)} normalised per task,"
     )
     first, *others = ranking.scored
-    reached = f"{interval(first.final)} ({_meaning(first, ranking)})"
+    said = "" if ranking.measure == "return" or ranking.step is None else f"{ranking.measure} "
+    reached = f"{said}{interval(first.final)} ({_meaning(first, ranking)})"
     if not others:
         alone = "No other method has a score here" if len(ranking.entries) > 1 else ""
         return f"{where} {first.method} reaches {reached}. {alone}{'.' if alone else ''}".strip()
@@ -95,7 +106,7 @@ def answer(ranking: Ranking) -> str:
 def spoken(ranking: Ranking) -> str:
     """A figure's content in words, for those who cannot see it."""
     parts = [f"{entry.method} {interval(entry.final)}" for entry in ranking.scored]
-    return f"Best first: {'; '.join(parts)}." if parts else "No return has been recorded."
+    return f"Best first: {'; '.join(parts)}." if parts else "No score has been recorded."
 
 
 def cautions(runs: Sequence[RunRecord], rankings: Sequence[Ranking]) -> list[str]:
@@ -128,7 +139,7 @@ def _task_cautions(ranking: Ranking) -> Iterator[str]:
     scored = {run.folder for entry in ranking.entries for run in entry.counted}
     for run in runs:
         remark = "" if run.folder in scored else ", drawn but not scored"
-        remark = remark if len(run.steps) else ", no return recorded yet"
+        remark = remark if len(run.steps) else f", no {ranking.measure} recorded yet"
         if remark or not run.finished:
             yield f"{run.name} on {run.env}, seed {run.seed}: {run.status}{remark}."
     if len({run.steps[-1] for run in runs if len(run.steps)}) > 1:
@@ -145,6 +156,10 @@ def _task_cautions(ranking: Ranking) -> Iterator[str]:
                 f"{entry.method} on {ranking.name} has several runs of seed "
                 f"{listed([str(seed) for seed in repeated])}; they may not be independent."
             )
+
+
+def _plainly(measure: str) -> str:
+    return "returns" if measure == "return" else measure
 
 
 def _meaning(entry: Entry, ranking: Ranking) -> str:

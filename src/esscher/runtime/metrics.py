@@ -1,6 +1,5 @@
 """Training metrics: accumulated on the device, drained to files and trackers."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -9,14 +8,8 @@ from typing import Any
 import torch
 
 from esscher.errors import UserError
+from esscher.runtime.trackers import Ended, Tracked, begin, check_trackers
 from esscher.types import Metrics
-
-PACKAGES = {
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "trackio": "trackio",
-}
 
 
 class Averager:
@@ -93,7 +86,7 @@ class MetricsLog:
             )
         self._file.truncate(offset)
         self._file.seek(offset)
-        self._trackers = [_TRACKERS[tracker](run, name, config, step) for tracker in to]
+        self._trackers = begin(to, Tracked(run=run, name=name, config=config, step=step))
 
     @property
     def offset(self) -> int:
@@ -116,92 +109,8 @@ class MetricsLog:
         """Force the rows to disk, as a checkpoint relies on them."""
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
-        """Finish every tracker."""
+    def close(self, ended: Ended = "finished") -> None:
+        """Tell every tracker how the run ended."""
         self._file.close()
         for tracker in self._trackers:
-            tracker.close()
-
-
-def check_trackers(to: tuple[str, ...]) -> None:
-    """Raise if a tracker that was asked for is not installed."""
-    for tracker in to:
-        if importlib.util.find_spec(PACKAGES[tracker]) is None:
-            raise UserError(f"--log.to {tracker}: not installed (pip install {PACKAGES[tracker]})")
-
-
-class _TensorBoard:
-    def __init__(self, run: Path, name: str, config: dict[str, Any], step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(
-            str(run / "tensorboard"), purge_step=step + 1 if step else None
-        )
-
-    def log(self, scalars: dict[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    def __init__(self, run: Path, name: str, config: dict[str, Any], step: int):
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        self._run = wandb.init(
-            project="esscher", name=name, config=config, dir=str(run), id=_id(run), resume="allow"
-        )
-
-    def log(self, scalars: dict[str, float], step: int) -> None:
-        self._run.log(scalars, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _MLflow:
-    def __init__(self, run: Path, name: str, config: dict[str, Any], step: int):
-        import mlflow  # pyright: ignore[reportMissingImports]
-
-        self._mlflow = mlflow
-        identity = run / "mlflow_run_id"
-        mlflow.set_experiment("esscher")
-        known = identity.read_text() if identity.exists() else None
-        active = mlflow.start_run(run_id=known, run_name=None if known else name)
-        identity.write_text(active.info.run_id)
-        if not known:
-            mlflow.log_params({k: str(v)[:500] for k, v in config["method"].items()})
-
-    def log(self, scalars: dict[str, float], step: int) -> None:
-        self._mlflow.log_metrics(scalars, step=step)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
-
-
-class _Trackio:
-    def __init__(self, run: Path, name: str, config: dict[str, Any], step: int):
-        import trackio  # pyright: ignore[reportMissingImports]
-
-        self._trackio = trackio
-        trackio.init(project="esscher", name=_id(run), config=config, resume="allow")
-
-    def log(self, scalars: dict[str, float], step: int) -> None:
-        self._trackio.log(scalars, step=step)
-
-    def close(self) -> None:
-        self._trackio.finish()
-
-
-def _id(run: Path) -> str:
-    return "-".join(run.resolve().parts[-3:])
-
-
-_TRACKERS: dict[str, Any] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _Wandb,
-    "mlflow": _MLflow,
-    "trackio": _Trackio,
-}
+            tracker.close(ended)

@@ -28,10 +28,11 @@ from esscher.runtime.device import (
 )
 from esscher.runtime.display import Display
 from esscher.runtime.evaluate import Evaluation
-from esscher.runtime.metrics import Averager, MetricsLog, check_trackers
+from esscher.runtime.metrics import Averager, MetricsLog
 from esscher.runtime.rng import Phase, seed_phase
 from esscher.runtime.state import State, under
 from esscher.runtime.stopping import stop_requests
+from esscher.runtime.trackers import Ended, check_trackers
 from esscher.runtime.worlds import world_of
 
 
@@ -248,6 +249,7 @@ class _Run:
     def train(self, requested: list[int]) -> Result:
         experiment, parts = self.experiment, self.parts
         step = parts.loop.step
+        ended: Ended = "failed"
         try:
             if step == 0 and parts.world.judged_before and experiment.evaluation.every > 0:
                 self._evaluate()
@@ -266,9 +268,14 @@ class _Run:
                     raise Interrupted(self._farewell(step))
                 if self.display and step % 64 < advance:
                     self.display.update(step)
-            return self._finish()
+            result = self._finish()
+            ended = "finished"
+            return result
+        except (Interrupted, KeyboardInterrupt):
+            ended = "interrupted"
+            raise
         finally:
-            self.log.close()
+            self.log.close(ended)
             if self.display:
                 self.display.close()
 
