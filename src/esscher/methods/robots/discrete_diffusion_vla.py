@@ -753,7 +753,7 @@ def round_obstacle() -> Experiment:
 def _learned(cfg: Config) -> Experiment:
     return replace(
         Experiment.of(
-            replace(cfg, bins=32, levels=20, batch_size=32, learning_rate=2e-3, decay_after=DECAY),
+            replace(cfg, bins=32, levels=20, learning_rate=1e-3, decay_after=DECAY),
             model=ModelConfig(
                 source="esscher.models:tiny_llava",
                 kwargs={"layers": 3, "width": 64, "words": "go round the obstacle"},
@@ -770,7 +770,7 @@ def _learned(cfg: Config) -> Experiment:
 
 # ---- proof
 
-STEPS, DECAY = 4_000, 3_200
+STEPS, DECAY = 3_000, 2_400
 CHUNKS = 500
 
 
@@ -803,7 +803,7 @@ def proof() -> Proof:
             ),
         ),
         notes="The oracle is asked without a run: that of its arm is only there to have one. What is "
-        f"learned: a Llava of width 64 and 3 layers, {STEPS} updates of 32 chunks; {CHUNKS} chunks a "
+        f"learned: a Llava of width 64 and 3 layers, {STEPS} updates of 64 chunks; {CHUNKS} chunks a "
         "figure, each from a start of its own that is not in the data. Chunks are judged by executing "
         "them: at x >= 0.35 without a touch, at every step within 0.15 of the same side's plan. Both "
         "ablations are among the figures: the order of the tokens (random, or by confidence without "
