@@ -214,5 +214,5 @@ def test_intervals_are_those_of_rliable():
         lambda one, other: np.array([metrics.probability_of_improvement(one, other)]),
         reps=2000,
     )
-    point, low, high = probability_of_improvement(x, y, num_resamples=2000)
+    _, low, high = probability_of_improvement(x, y, num_resamples=2000)
     np.testing.assert_allclose([low, high], theirs["x,y"][:, 0], atol=(high - low) / 10)
