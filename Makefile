@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO := runs/demo
 
-.PHONY: demo test lint format prove readme benchmark clean
+.PHONY: demo test lint format prove readme docs docs-serve benchmark clean
 
 # torch first: with it in place, nothing else pulls another build of it in.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -18,6 +18,10 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 $(BIN)/.installed-dev: $(BIN)/.installed
 	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(BIN)/.installed-docs: $(BIN)/.installed
+	@$(PIP) --editable ".[docs]"
 	@touch $@
 
 demo: $(BIN)/.installed
@@ -46,8 +50,16 @@ prove-%: $(BIN)/.installed-dev
 readme: $(BIN)/.installed
 	$(BIN)/python -m esscher.report.readme README.md
 
+# The variable silences a notice of the theme about other generators.
+docs: $(BIN)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+	@echo "open site/index.html in a browser, or: make docs-serve (which can search)"
+
+docs-serve: $(BIN)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 benchmark: $(BIN)/.installed-dev
 	$(BIN)/python benchmarks/sac_speed.py
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site

@@ -211,9 +211,14 @@ def _eval_model(folder: Path, arguments: list[str]) -> int:
     from esscher.runtime.load import evaluate_model
 
     config = EvaluationConfig(episodes=options.episodes, deterministic=not options.stochastic)
-    loaded, evaluation = evaluate_model(folder, config, step=options.step)
+    if options.tasks and _world_of_run(folder) != "robots":
+        raise UserError(f"--tasks says where robots are judged, and {folder} trained none")
+    loaded, evaluation = evaluate_model(folder, config, step=options.step, tasks=options.tasks)
     if options.json:
-        print(json.dumps(evaluation.to_json() | {"samples": evaluation.samples}))
+        told = evaluation.to_json() | {"samples": evaluation.samples}
+        if evaluation.milliseconds is not None:
+            told["milliseconds_per_chunk"] = evaluation.milliseconds
+        print(json.dumps(told))
         return 0
     print(
         f"{loaded.experiment.name} on {loaded.experiment.subject}, checkpoint of step "
@@ -221,12 +226,21 @@ def _eval_model(folder: Path, arguments: list[str]) -> int:
         f"{_count(len(evaluation.returns), _judged_by(folder))}"
     )
     for name, value in evaluation.extras.items():
-        print(f"  {name.removesuffix('_mean').replace('_', ' ')}: {value:,.4g}")
+        low, high = (evaluation.extras.get(f"{name}, {end}") for end in ("low", "high"))
+        if low is not None:
+            print(f"  {name}: {value:,.3g} ({low:,.3g} to {high:,.3g})")
+        elif not name.endswith((", low", ", high")):
+            print(f"  {name.removesuffix('_mean').replace('_', ' ')}: {value:,.4g}")
+    if evaluation.milliseconds is not None:
+        print(
+            f"  {evaluation.milliseconds:,.4g} ms a chunk of actions, for all episodes side by side "
+            "(--episodes 1: for one)"
+        )
     return 0
 
 
 def _judged_by(folder: Path) -> str:
-    return "population" if _world_of_run(folder) == "sets" else "row"
+    return {"sets": "population", "robots": "episode"}.get(_world_of_run(folder), "row")
 
 
 def _sample(arguments: list[str]) -> int:
@@ -240,7 +254,7 @@ def _sample(arguments: list[str]) -> int:
         return _draw_populations(folder, options)
     if world != "language":
         raise UserError(
-            f"{folder} trained a controller: esscher eval {folder} plays episodes with it"
+            f"{folder} trained {SUBJECTS[world]}: esscher eval {folder} plays episodes with it"
         )
     from esscher.runtime.load import load
 
@@ -359,6 +373,11 @@ def _compare(arguments: list[str]) -> int:
         "diffusion": _compare_painters_options,
     }
     world = _world(slugs[0]) if slugs else "control"
+    if world == "robots":
+        raise UserError(
+            f"{slugs[0]} is the only method for robots that see: esscher sweep {slugs[0]} --data "
+            "FOLDER --grid method.head=masked,autoregressive,diffusion,regression compares its heads"
+        )
     if world == "sets":
         raise UserError(
             f"{slugs[0]} is the only method about populations: esscher sweep {slugs[0]} --data FILE "
@@ -419,6 +438,11 @@ def _export(arguments: list[str]) -> int:
     from esscher.runtime.load import load
 
     world = _world_of_run(folder)
+    if world == "robots":
+        raise UserError(
+            f"{folder} trained a robot's policy: esscher.load({str(folder)!r}).policy acts, and "
+            f"{folder}/model holds what it sees with"
+        )
     if world == "sets":
         raise UserError(
             f"{folder} embeds populations: {folder}/embeddings.csv lists their vectors, and "
@@ -472,9 +496,11 @@ def _data(arguments: list[str]) -> int:
 
 
 def _data_collect(arguments: list[str]) -> int:
-    """Act with a run's policy and write what happens: esscher data collect RUN --out NAME."""
-    usage = "esscher data collect RUN --out NAME"
+    """Act with a run's policy, or a task's expert, and write it: esscher data collect RUN|TASK."""
+    usage = "esscher data collect RUN --out NAME, or: esscher data collect TASK ... --out FOLDER"
     wants_help = arguments[:1] in (["-h"], ["--help"])  # The options are the same for every run.
+    if arguments and ":" in arguments[0] and not Path(arguments[0]).exists():
+        return _data_demonstrate(arguments)
     folder = Path("RUN" if wants_help else _positional(arguments, usage, "RUN"))
     options = _parse(_collect_options(), arguments, "esscher data collect RUN")
     if options.stochastic and options.deterministic:
@@ -495,6 +521,44 @@ def _data_collect(arguments: list[str]) -> int:
         ),
         options.out,
     )
+
+
+def _data_demonstrate(arguments: list[str]) -> int:
+    """Let experts act: esscher data collect metaworld:TASK ... --images 64 --out FOLDER."""
+    tasks = []
+    while arguments and not arguments[0].startswith("-"):
+        tasks.append(arguments.pop(0))
+    options = _parse(_demonstration_options(), arguments, "esscher data collect TASK ...")
+    if len(options.images) > 2:
+        raise UserError(f"--images takes one number or rows and columns, got {options.images}")
+    from esscher.runtime.demonstrate import Plan, demonstrate
+
+    size = (options.images[0], options.images[-1]) if options.images else None
+    plan = Plan(
+        tasks=tuple(tasks),
+        episodes=options.episodes,
+        images=size,
+        cameras=options.cameras,
+        noise=options.noise,
+        seed=options.seed,
+        keep_failures=options.keep_failures,
+        kwargs=options.kwargs,
+    )
+    try:
+        written = demonstrate(plan, options.out)
+    except KeyboardInterrupt:
+        print(
+            "esscher: stopped; what was finished is kept, and the same command goes on",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    episodes = len(written.lengths)
+    data = written.path if size else f"minari:{written.name}"
+    print(
+        f"{written.name}: {_count(episodes, 'episode')}, {written.steps:,} steps, {written.solved} "
+        f"solved their task; {_count(written.dropped, 'failed attempt')} dropped\ndata: {data}"
+    )
+    return 0
 
 
 def _data_combine(arguments: list[str]) -> int:
@@ -518,6 +582,17 @@ def _data_show(arguments: list[str]) -> int:
     from rich.table import Table
 
     from esscher.adapters.data import describe, load_dataset
+    from esscher.adapters.lerobot import describe_scenes, is_lerobot, read_scenes
+
+    if is_lerobot(source):
+        scenes = read_scenes(source)
+        table = Table(
+            title=scenes.name, title_justify="left", box=box.SIMPLE_HEAD, show_header=False
+        )
+        for label, value in describe_scenes(scenes).items():
+            table.add_row(label, value)
+        _console().print(table)
+        return 0
 
     spec = None
     if options.env.id is not None:
@@ -609,11 +684,14 @@ class EvalOptions:
 @dataclass
 class EvalModelOptions:
     episodes: int = 32
-    """Rows or populations to judge, of those held out; of a diffusion model, samples to draw."""
+    """Rows or populations to judge, of those held out; of a diffusion model, samples to draw; of a
+    robot, episodes of each task."""
     step: int | None = None
     """Checkpoint to judge; by default the newest."""
     stochastic: bool = False
     """Where completions are rewarded: sample them instead of taking the likeliest tokens."""
+    tasks: tuple[str, ...] = ()
+    """Of a robot: other tasks to judge it in; by default those of its run."""
     json: bool = False
     """Print one JSON object, samples included, for scripts."""
 
@@ -697,6 +775,34 @@ class SweepExtras:
     """Runs at a time; 0: processors divided by threads a run."""
     retries: int = 1
     """How often a failed run is resumed."""
+
+
+def _demonstration_options() -> type:
+    from tyro.conf import FlagCreatePairsOff
+
+    @dataclass
+    class DemonstrationOptions:
+        out: str
+        """With --images a new folder, in the layout of LeRobot; else the name of a new Minari set, such
+        as reach/expert-v0. The same command goes on where it was stopped."""
+        episodes: int = 50
+        """Of each task."""
+        images: tuple[int, ...] = ()
+        """Size of the images, or rows and columns; without it only states are collected, and then those
+        of the objects and the goal as well."""
+        cameras: tuple[str, ...] = ()
+        """Which, by default the task's own."""
+        noise: float = 0.0
+        """Standard deviation of what is added to the expert's actions, in a box of [-1, 1]; the set
+        holds the expert's own actions."""
+        seed: int = 1
+        """Of the episodes' starts and of the noise."""
+        keep_failures: FlagCreatePairsOff[bool] = False
+        """Keep episodes that did not solve the task as well."""
+        kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+        """Passed to the tasks: --kwargs max_steps 150."""
+
+    return DemonstrationOptions
 
 
 def _collect_options() -> type:
@@ -863,6 +969,7 @@ STAGE_PARTS = {
     "language": ("model", "text"),
     "diffusion": ("model", "image"),
     "sets": ("sets",),
+    "robots": ("model", "robot"),
 }
 DATA_HELP = {
     "control": "Logged steps to learn from: minari:NAME, FILE.hdf5 (D4RL), FOLDER of .npz, or "
@@ -874,12 +981,14 @@ DATA_HELP = {
     "those: besides, a FOLDER of images or FILE.npz.",
     "sets": "Samples of populations, a row each, with a column set_id: FILE.parquet, FILE.csv, "
     "FILE.npz, a FOLDER saved by datasets or of images, or module:function (see docs/data.md).",
+    "robots": "Demonstrations with images: a FOLDER in LeRobot's layout, or module:function.",
 }
 STEPS_HELP = {
     "control": "Environment steps, counted over all parallel copies.",
     "language": "Updates, or iterations of writing and learning.",
     "diffusion": "Updates, or iterations of drawing and learning.",
     "sets": "Updates.",
+    "robots": "Updates.",
 }
 
 
@@ -960,7 +1069,7 @@ def _in_full(arguments: list[str], values: dict[str, Any]) -> list[str]:
     """Short options as long ones: --model X is --model.source X, --beta is --method.beta."""
     groups = {
         name: {f.name for f in dataclasses.fields(values[name][0])}
-        for name in ("method", "text", "image", "sets", "model")
+        for name in ("method", "text", "image", "sets", "robot", "model")
         if name in values
     }
     full = []

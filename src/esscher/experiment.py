@@ -24,6 +24,9 @@ class EnvConfig:
     """Environments stepped together; each step of all of them counts `num` environment steps."""
     parallel: bool = False
     """Step them in processes of their own: pays where one step takes more than about 0.5 ms."""
+    ray: str | None = None
+    """Step them as actors of Ray instead, on the cluster of this address, or local: pays where one step
+    takes more than a few milliseconds, or more processors than this machine has."""
     max_episode_steps: int | None = None
     """Truncate episodes at this length; None keeps the task's own limit."""
     kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
@@ -31,6 +34,10 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         require("env.num", self.num, self.num >= 1, ">= 1")
+        if self.parallel and self.ray is not None:
+            raise UserError(
+                "env.parallel and env.ray exclude each other: processes, or Ray's actors"
+            )
         limit = self.max_episode_steps
         require("env.max_episode_steps", limit, limit is None or limit >= 1, "None or >= 1")
 
@@ -169,25 +176,48 @@ class SetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RobotConfig:
+    """What a robot that sees learns from, and where it is judged."""
+
+    cameras: tuple[str, ...] = ()
+    """Of the data's, in this order; empty: all of them."""
+    tasks: tuple[str, ...] = ()
+    """Where the policy is judged, such as metaworld:reach-v3, or module:factory for your own (see
+    esscher/adapters/robots.py); empty: where the data say they were made."""
+    task_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Passed to every task: --robot.task-kwargs camera corner."""
+    held_out_share: float = 0.1
+    """Share of the episodes of each instruction that is kept out of training, in [0, 0.9]; 0: actions
+    are judged on what is learned from."""
+
+    def __post_init__(self) -> None:
+        share = self.held_out_share
+        require("robot.held_out_share", share, 0 <= share <= 0.9, "in [0, 0.9]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One phase of training: a loop, what it runs on, and how long."""
 
     env: EnvConfig = field(default_factory=EnvConfig)
     """The task of a controller; one that learns from data alone is only judged in it."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The model of a language or diffusion method."""
+    """The model of a language or diffusion method, or what a robot sees with."""
     text: TextConfig = field(default_factory=TextConfig)
     """The task of a language method."""
     image: ImageConfig = field(default_factory=ImageConfig)
     """The task of a diffusion method."""
     sets: SetConfig = field(default_factory=SetConfig)
     """The populations of a method that embeds sets."""
+    robot: RobotConfig = field(default_factory=RobotConfig)
+    """Where a robot that sees is judged."""
     data: str | None = None
     """Logged steps to learn from: minari:NAME, FILE.hdf5 (D4RL), FOLDER of .npz, or module:function
     for your own (returns arrays, or an esscher.experience.Dataset). Of a language method, rows of
     text: FILE.jsonl, FILE.parquet, a FOLDER saved by datasets, a Hugging Face name, or
     module:function; of a diffusion method, rows with a prompt or label each to draw; of
-    a method that embeds sets, a long table of samples."""
+    a method that embeds sets, a long table of samples; of a robot that sees, a LeRobot FOLDER of
+    demonstrations, or module:function (returns an esscher.experience.scenes.SceneData)."""
     steps: int = 100_000
     """Environment steps, counted over all parallel copies; updates, where a method learns from data
     alone; iterations, where a model writes or draws and is judged."""
@@ -233,7 +263,13 @@ class CheckpointConfig:
         require("checkpoint.keep", self.keep, self.keep >= 1, ">= 1")
 
 
-DEFAULT_STEPS = {"control": 100_000, "language": 1_000, "diffusion": 100, "sets": 10_000}
+DEFAULT_STEPS = {
+    "control": 100_000,
+    "language": 1_000,
+    "diffusion": 100,
+    "sets": 10_000,
+    "robots": 10_000,
+}
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -283,6 +319,7 @@ class Experiment:
         text: TextConfig | None = None,
         image: ImageConfig | None = None,
         sets: SetConfig | None = None,
+        robot: RobotConfig | None = None,
         data: str | None = None,
         steps: int | None = None,
         **options: Any,
@@ -296,9 +333,10 @@ class Experiment:
             text: how a language method's rows are read and judged.
             image: what a diffusion method draws, and how that is judged.
             sets: what populations are, of a method that embeds sets.
+            robot: where a robot that sees is judged.
             data: what to learn from; see Stage.
             steps: environment steps, updates from data alone, or iterations; by default 100,000, of
-                language methods 1,000, of diffusion methods 100, of sets 10,000.
+                language methods 1,000, of diffusion methods 100, of sets and robots 10,000.
             options: further fields (seed, evaluation, checkpoint, runtime, log, label).
         """
         if isinstance(method, str):
@@ -314,6 +352,7 @@ class Experiment:
             text=text or TextConfig(),
             image=image or ImageConfig(),
             sets=sets or SetConfig(),
+            robot=robot or RobotConfig(),
             data=data,
             steps=steps or DEFAULT_STEPS[world],
         )
@@ -347,8 +386,8 @@ class Experiment:
             return stage.env.id
         if world == "diffusion":
             source = stage.data or stage.model.source or "images"
-        elif world == "sets":
-            source = stage.data or "sets"
+        elif world in ("sets", "robots"):
+            source = stage.data or world
         else:
             source = stage.text.game or stage.text.task or stage.data or "text"
         return Path(source).name if Path(source).is_absolute() else source
@@ -370,6 +409,8 @@ class Experiment:
                 f"{self.slug} learns from sets of samples: give --data FILE.parquet with a column "
                 "set_id, FILE.csv, FILE.npz, a FOLDER or module:function"
             )
+        if kind.world == "robots":
+            _check_robots(self.slug, stage)
         if kind.data == "none" and stage.data is not None and control:
             raise UserError(f"{self.slug} learns from its own steps only: leave out --data")
         if kind.data == "required" and stage.data is None and control:
@@ -462,6 +503,20 @@ def _check_diffusion(slug: str, kind: Any, stage: Stage) -> None:
     if kind.rewarded and stage.image.reward is None:
         raise UserError(
             f"{slug} needs a reward: give --reward module:function, called with (images, rows)"
+        )
+
+
+def _check_robots(slug: str, stage: Stage) -> None:
+    """That there is a model to see with, and something to learn from."""
+    if stage.model.source is None:
+        raise UserError(
+            f"{slug} needs a vision-language model: give --model FOLDER of the transformers library, "
+            "a Hugging Face name or module:function (esscher.models:tiny_llava makes a small one)"
+        )
+    if stage.data is None:
+        raise UserError(
+            f"{slug} learns from demonstrations with images: give --data FOLDER in LeRobot's layout, "
+            "or module:function (esscher data collect metaworld:reach-v3 --images 64 makes some)"
         )
 
 

@@ -50,9 +50,9 @@ class Method(Stateful):
     A subclass names its `Config` and takes `(cfg, spec, runtime)`; nothing inherits from a method.
     """
 
-    world: ClassVar[Literal["control", "language", "diffusion", "sets"]] = "control"
-    """What it is about: a controller of environments, a language model, a diffusion model, or
-    populations that are known by sets of samples."""
+    world: ClassVar[Literal["control", "language", "diffusion", "sets", "robots"]] = "control"
+    """What it is about: a controller of environments, a language model, a diffusion model,
+    populations that are known by sets of samples, or robots that see and are told what to do."""
     loop: ClassVar[Literal["online", "offline", "evolve", "generate", "converse", "draw"]] = (
         "online"
     )

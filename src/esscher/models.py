@@ -1,4 +1,4 @@
-"""Small language models of real transformers classes, untrained, for trying things out.
+"""Small language models of real transformers classes, untrained, for trying things out; one that sees.
 
 Use them like any other: `--model esscher.models:tiny_llama --model.kwargs layers 4 width 128`.
 `esscher run sft` trains one on your own text in minutes.
@@ -12,6 +12,7 @@ import torch
 from esscher.adapters.imports import needed
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
+UNKNOWN, IMAGE = "<unk>", "<image>"
 CHAT = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -39,7 +40,73 @@ def tiny_llama(
     """
     transformers: Any = needed("transformers", "a language model", "language")
     tokenizer = byte_tokenizer() if characters is None else character_tokenizer(characters)
-    config = transformers.LlamaConfig(
+    config = _llama_config(tokenizer, layers, width, heads, context)
+    return transformers.LlamaForCausalLM(config).to(torch.float32), tokenizer
+
+
+def tiny_llava(
+    *,
+    layers: int = 2,
+    width: int = 64,
+    heads: int = 4,
+    image_size: int = 16,
+    patch_size: int = 8,
+    vision_layers: int = 1,
+    context: int = 512,
+    words: str = "",
+) -> tuple[Any, Any]:
+    """A Llava with random weights, a SigLIP tower and a Llama in it, and its processor.
+
+    Args:
+        layers: of the language model.
+        width: of all hidden states; the feed-forward layers are 4 times as wide.
+        heads: of attention; they divide the width.
+        image_size: rows and columns of an image.
+        patch_size: of the squares that become a token each; it divides the image's size.
+        vision_layers: of the tower.
+        context: most tokens of images, instruction and actions.
+        words: one token each, separated by spaces, every other word being unknown; empty: the tokens
+            are bytes.
+    """
+    transformers: Any = needed("transformers", "a vision-language model", "language")
+    tokenizer = word_tokenizer(words) if words else byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    # Where torchvision is missing, the usual class falls back to this one with a warning.
+    pillow = "SiglipImageProcessorPil"
+    images = getattr(transformers, pillow if hasattr(transformers, pillow) else pillow[:-3])
+    processor = transformers.LlavaProcessor(
+        image_processor=images(size={"height": image_size, "width": image_size}),
+        tokenizer=tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy="full",
+        image_token=IMAGE,
+    )
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=heads,
+        image_size=image_size,
+        patch_size=patch_size,
+        vision_use_head=False,
+    )
+    text = _llama_config(tokenizer, layers, width, heads, context)
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=(image_size // patch_size) ** 2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    return model.to(torch.float32), processor
+
+
+def _llama_config(tokenizer: Any, layers: int, width: int, heads: int, context: int) -> Any:
+    transformers: Any = needed("transformers", "a language model", "language")
+    return transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=4 * width,
@@ -52,7 +119,16 @@ def tiny_llama(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return transformers.LlamaForCausalLM(config).to(torch.float32), tokenizer
+
+
+def word_tokenizer(words: str) -> Any:
+    """Every one of these words, separated by spaces, is a token; others are unknown."""
+    tokenizers: Any = needed("tokenizers", "a tokenizer", "language")
+    known = [*SPECIAL, UNKNOWN, *dict.fromkeys(words.split())]
+    vocabulary = {token: number for number, token in enumerate(known)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return _wrapped(inner)
 
 
 def byte_tokenizer() -> Any:

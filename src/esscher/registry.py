@@ -119,8 +119,9 @@ def _declared(path: Path) -> dict[str, Any]:
             return {
                 target.id: item.value.value
                 for item in node.body
-                if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant)
-                for target in item.targets
+                if isinstance(item, ast.Assign | ast.AnnAssign)
+                if isinstance(item.value, ast.Constant)
+                for target in (item.targets if isinstance(item, ast.Assign) else [item.target])
                 if isinstance(target, ast.Name)
             }
     return {}

@@ -8,8 +8,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar, dataclass_transform
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 Metrics = dict[str, Tensor]
@@ -295,6 +297,58 @@ class SetSpec:
     def restored(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         """Back to the data's units."""
         return x * x.new_tensor(self.std) + x.new_tensor(self.mean)
+
+
+@record
+class Scenes(Record):
+    """What robots see and are told to do, one row each."""
+
+    images: UInt8[Tensor, "n c h w 3"]
+    """Of c cameras, in the order of the specification's."""
+    state: Float[Tensor, "n s"]
+    """Of the robot itself (joints, gripper), in the task's units."""
+    instruction: Int[Tensor, "n l"]
+    """Tokens, padded on the right."""
+    instruction_mask: Bool[Tensor, "n l"]
+    """What is no padding."""
+
+
+@record
+class SceneChunks(Record):
+    """Scenes, and what a demonstrator did from there on."""
+
+    scenes: Scenes
+    action: Float[Tensor, "b h a"]
+    """In [-1, 1]; beyond the end of the episode its last action."""
+    mask: Bool[Tensor, "b h"]
+    """Which actions are of the episode itself."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RobotSpec:
+    """What a method has to know of robots that see: actions are [-1, 1], as those of controllers."""
+
+    cameras: tuple[str, ...]
+    image_size: tuple[int, int]
+    """Rows and columns."""
+    state_dim: int
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    instructions: tuple[str, ...]
+    """Of the tasks that the data show."""
+    tasks: tuple[str, ...]
+    """Where each of them is played, such as metaworld:reach-v3; "" where the data do not say."""
+    num_actions: None = None
+    num_agents: int = 1
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.action_low)
+
+    def native(self, action: NDArray[Any]) -> NDArray[np.float32]:
+        """From [-1, 1] (clipped) to the task's own box."""
+        low, high = np.array(self.action_low), np.array(self.action_high)
+        return (low + (np.clip(action, -1, 1) + 1) * 0.5 * (high - low)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from torch import nn
 
 from esscher.errors import UserError
 from esscher.nn.transformer import Transformer, TransformerBlock
-from esscher.nn.unet1d import ConditionalUNet1d, FilmBlock, sinusoids
+from esscher.nn.unet1d import SHORT, ConditionalUNet1d, FilmBlock, SameConv1d, sinusoids
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -103,3 +103,15 @@ def test_unet_reads_everything_it_is_given() -> None:
         ConditionalUNet1d(2, 3, (8, 10), groups=4)
     with pytest.raises(UserError, match="kernel must be odd"):
         ConditionalUNet1d(2, 3, (8, 16), kernel=4)
+
+
+@pytest.mark.parametrize("time", [1, 3, SHORT, SHORT + 1])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_a_convolution_is_the_same_whether_something_is_learned_or_not(time, kernel):
+    torch.manual_seed(0)
+    conv, x = SameConv1d(3, 4, kernel), torch.randn(2, 3, time)
+    expected = torch.nn.functional.conv1d(x, conv.weight, conv.bias, padding=kernel // 2)
+    with torch.no_grad():
+        acting = conv(x)
+    assert torch.allclose(acting, expected, atol=1e-6)
+    assert torch.equal(conv(x), expected)

@@ -137,7 +137,7 @@ def test_an_interrupt_says_that_nothing_is_left(run, capsys, monkeypatch, tmp_pa
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(collecting._Writer, "add", interrupted)
+    monkeypatch.setattr(collecting.Writer, "add", interrupted)
     assert command("data", "collect", run, "--out", "bandit/a-v0") == 130
     assert "esscher: stopped; nothing was written under bandit/a-v0" in capsys.readouterr().err
     assert [path for path in (tmp_path / "minari").rglob("*") if path.is_file()] == []
@@ -152,7 +152,7 @@ BAD = [
     (("list",), "data knows no 'list': known: collect, combine, show"),
     (("collect",), "RUN is missing: esscher data collect RUN --out NAME"),
     (("collect", "nowhere"), "--out"),
-    (("collect", "nowhere", "--out", "a/b-v0"), "nowhere is not a run folder"),
+    (("collect", "nowhere", "--out", "drive/expert-v0"), "nowhere is not a run folder"),
     (
         ("collect", "RUN", "--out", "hopper"),
         "'hopper' is not a name of a Minari set: write it like",
@@ -185,6 +185,62 @@ def test_bad_input(arguments, clause, capsys, tmp_path, run):
 
 def test_what_is_not_installed(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "minari", None)
-    for arguments in (("collect", run, "--out", "a/b-v0"), ("show", "minari:a/b-v0")):
+    for arguments in (
+        ("collect", run, "--out", "drive/expert-v0"),
+        ("show", "minari:drive/expert-v0"),
+    ):
         assert command("data", *arguments) == 2
         assert 'needs minari: pip install "esscher[control]"' in capsys.readouterr().err
+
+
+# ---- demonstrations
+
+
+def test_demonstrations_are_collected_and_shown(capsys):
+    asked = ("toy_robots:drive", "toy_robots:stop", "--episodes", 2, "--images", 6, 8)
+    assert command("data", "collect", *asked, "--out", "set") == 0
+    told = plain(capsys.readouterr().out)
+    assert re.search(r"set: 4 episodes, \d+ steps, 4 solved their task; 0 failed attempts", told)
+    assert command("data", "show", "set") == 0
+    shown = plain(capsys.readouterr().out)
+    for text in ("'drive', 2 episodes, played in toy_robots:drive", "4 of 4 episodes"):
+        assert text in shown
+    assert "6 x 8, of front, hand" in shown and "the task's box" in shown
+
+
+def test_states_of_an_expert_are_a_minari_set(capsys):
+    assert (
+        command("data", "collect", "toy_robots:drive", "--episodes", 2, "--out", "drive/expert-v0")
+        == 0
+    )
+    assert "data: minari:drive/expert-v0" in plain(capsys.readouterr().out)
+    assert command("data", "show", "minari:drive/expert-v0") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ("toy_robots:drive", "--images", 1, 2, 3),
+            "--images takes one number or rows and columns",
+        ),
+        (("toy_robots:drive", "--images", 9), "has images of 6 x 8, not 9 x 9"),
+        (("toy_robots:missing", "--images", 9), "cannot be imported"),
+        (("toy_robots:drive", "--images", 6, 8, "--cameras", "top"), "not by top"),
+    ],
+)
+def test_demonstrations_that_cannot_be_had(options, told, capsys):
+    assert command("data", "collect", *options, "--out", "set") == 2
+    assert told in plain(capsys.readouterr().err)
+
+
+def test_a_stopped_collection_says_how_to_go_on(monkeypatch, capsys):
+    import toy_robots
+
+    def stopped(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy_robots.Point, "expert", stopped)
+    asked = ("toy_robots:drive", "--episodes", 2, "--images", 6, 8, "--out", "set")
+    assert command("data", "collect", *asked) == 130
+    assert "the same command goes on" in plain(capsys.readouterr().err)

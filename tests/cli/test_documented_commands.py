@@ -67,10 +67,12 @@ def check(arguments):
             find(word)
 
 
-@pytest.mark.parametrize("name", ["README.md", *sorted(p.name for p in ROOT.glob("docs/*.md"))])
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_commands_of_the_documentation_exist(name, parse_only):
-    path = ROOT / name if (ROOT / name).exists() else ROOT / "docs" / name
-    for arguments in commands(path.read_text(encoding="utf-8") if path.exists() else ""):
+    for arguments in commands((ROOT / name).read_text(encoding="utf-8")):
         check(arguments)
 
 

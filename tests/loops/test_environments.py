@@ -1,6 +1,7 @@
 """The adapter and the online loop on environments whose every step is known."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -366,3 +367,29 @@ def test_unknown_arguments_are_refused() -> None:
         make(EnvConfig(id="Pendulum-v1", kwargs={"gravity": 1.0}))
     with pytest.raises(UserError, match="gravity"):
         make(EnvConfig(id="toys:Countdown", kwargs={"gravity": 1.0}))
+
+
+def test_actors_of_ray_do_what_copies_in_this_process_do():
+    ray = pytest.importorskip("ray")
+    config = EnvConfig(id="Pendulum-v1", num=2, max_episode_steps=4)
+    here, there = Environments(config, seed=3), Environments(replace(config, ray="local"), seed=3)
+    try:
+        assert there.spec == here.spec
+        np.testing.assert_array_equal(there.reset(0), here.reset(0))
+        saved = None
+        for step in range(10):
+            action = torch.full((2, 1), 0.1 * step)
+            ours, theirs = here.step(action, step), there.step(action, step)
+            for name in ("obs", "next_obs", "reward", "terminated", "truncated"):
+                np.testing.assert_array_equal(getattr(theirs, name), getattr(ours, name))
+            assert theirs.episodes == ours.episodes
+            if step == 5:
+                saved = there.state_dict()
+        there.load_state_dict(saved)
+        again = there.step(torch.full((2, 1), 0.6), 6)
+        here.load_state_dict(saved)
+        np.testing.assert_array_equal(again.obs, here.step(torch.full((2, 1), 0.6), 6).obs)
+    finally:
+        here.close()
+        there.close()
+        ray.shutdown()

@@ -127,3 +127,26 @@ def test_no_code_is_in_a_snapshot() -> None:
     env.reset(seed=0)
     for name, value in take(env).items():
         assert isinstance(value, str if name == "plain" else torch.Tensor), name
+
+
+@pytest.mark.parametrize("task", ["HalfCheetah-v5", "Humanoid-v5"])
+def test_mujocos_data_are_restored_where_its_python_cannot_copy_them(
+    task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mujoco
+
+    monkeypatch.delattr(mujoco, "mj_copyData", raising=False)
+    original, fresh = make(EnvConfig(id=task)), make(EnvConfig(id=task))
+    original.action_space.seed(1)
+    original.reset(seed=7)
+    actions = [original.action_space.sample() for _ in range(30)]
+    follow(original, actions[:11])
+    snapshot = take(original)
+    fresh.reset(seed=99)
+    follow(fresh, actions[20:25])
+    data = original.unwrapped.data
+    put(fresh, snapshot)
+    for name in ("qpos", "qvel", "act", "ctrl", "xpos", "cfrc_ext", "qacc_warmstart", "cinert"):
+        assert np.array_equal(getattr(fresh.unwrapped.data, name), getattr(data, name)), name
+    assert fresh.unwrapped.data.time == data.time > 0
+    assert follow(original, actions[11:]) == follow(fresh, actions[11:])

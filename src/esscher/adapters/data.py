@@ -397,7 +397,7 @@ def _numbers(array: NDArray[Any], column: str, name: str, width: int) -> NDArray
         )
     with np.errstate(over="ignore"):
         values = values.astype(np.float32)
-    _check_finite(values, column, name)
+    check_finite(values, column, name)
     return values
 
 
@@ -407,7 +407,12 @@ def _rows(array: NDArray[Any], column: str, name: str) -> NDArray[Any]:
     return array.reshape(len(array), int(np.prod(array.shape[1:])))
 
 
-def _check_finite(values: NDArray[Any], column: str, name: str) -> None:
+def check_finite(values: NDArray[Any], column: str, name: str) -> None:
+    """Refuse values b w that are not finite.
+
+    Raises:
+        UserError: naming the row and the component.
+    """
     finite = np.isfinite(values)
     if not finite.all():
         row, component = np.argwhere(~finite)[0]
@@ -439,7 +444,26 @@ def _actions(native: NDArray[Any], spec: Spec, name: str) -> NDArray[Any]:
             f"{name} has actions of {_count(values.shape[1])}, and the task's are of "
             f"{_count(len(low))}: choose the task that the data come from (--env.id), or other data"
         )
-    _check_finite(values, "actions", name)
+    remedy = "choose the task that they come from (--env.id)"
+    return in_unit_box(values, low, high, name, remedy)
+
+
+def in_unit_box(
+    values: NDArray[Any], low: NDArray[Any], high: NDArray[Any], name: str, remedy: str
+) -> NDArray[np.float32]:
+    """Actions b a from their box to [-1, 1].
+
+    Args:
+        values: actions in the task's own units.
+        low: of each component, over all.
+        high: likewise; may equal `low` where a component never changes, which becomes 0.
+        name: of the data, for messages.
+        remedy: what else to do about actions outside of the box, for messages.
+
+    Raises:
+        UserError: an action that is not finite, or further out of the box than rounding leads.
+    """
+    check_finite(values, "actions", name)
     slack = BOX_TOLERANCE * (high - low)
     outside = (values < low - slack) | (values > high + slack)
     if outside.any():
@@ -447,11 +471,11 @@ def _actions(native: NDArray[Any], spec: Spec, name: str) -> NDArray[Any]:
         raise UserError(
             f"{name} has the action {values[row, component]:g} at row {row:,} (component "
             f"{component}), outside the task's box [{low[component]:g}, {high[component]:g}]: give "
-            "actions in the task's own units, or choose the task that they come from (--env.id)"
+            f"actions in the task's own units, or {remedy}"
         )
     # About the centre, so that a box that is symmetric loses nothing of small actions.
-    scaled = (values - (high + low) / 2) / ((high - low) / 2)
-    return np.clip(scaled, -1, 1).astype(np.float32)
+    half = np.where(high > low, (high - low) / 2, 1)
+    return np.clip((values - (high + low) / 2) / half, -1, 1).astype(np.float32)
 
 
 def _choices(values: NDArray[Any], spec: Spec, count: int, name: str) -> NDArray[np.int64]:
@@ -463,7 +487,7 @@ def _choices(values: NDArray[Any], spec: Spec, count: int, name: str) -> NDArray
             f"{name} has actions of {_count(values.shape[1])}, and the task's are {labels} "
             f"({start} to {last}): choose the task that the data come from (--env.id), or give labels"
         )
-    _check_finite(values, "actions", name)
+    check_finite(values, "actions", name)
     wrong = (values < start) | (values > last) | (values != np.floor(values))
     if wrong.any():
         row, component = np.argwhere(wrong)[0]

@@ -253,6 +253,10 @@ def _game_adapter(name: str) -> Any:
 
 
 def _vectorise(config: EnvConfig) -> Any:
+    if config.ray is not None:
+        from esscher.adapters.ray_environments import RayEnvironments
+
+        return RayEnvironments([_maker(config)] * config.num, config.ray)
     kind = AsyncVectorEnv if config.parallel else SyncVectorEnv
     return kind([_maker(config)] * config.num, autoreset_mode=AutoresetMode.SAME_STEP)
 

@@ -13,6 +13,7 @@ from torch import nn
 from esscher.adapters.imports import needed, users_own
 from esscher.adapters.pretrained import check_is_there, without_progress_bars, written_whole
 from esscher.distributions.autoregressive import LanguageModel
+from esscher.distributions.vision_language import VisionLanguage
 from esscher.errors import UserError
 from esscher.experiment import ModelConfig
 from esscher.runtime.rng import Phase, seed_phase
@@ -30,8 +31,15 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[LanguageModel
         with torch.enable_grad():  # Such a function may train what it returns.
             model, tokenizer = users_own(config.source, "model")(**config.kwargs)
     else:
-        model, tokenizer = _pretrained(config.source)
+        model, tokenizer = pretrained(config.source)
     _check(model, tokenizer, config.source)
+    policy = _wrapped(to_be_trained(model, config, device), tokenizer)
+    policy.frozen_dtype = getattr(torch, config.dtype)
+    return policy, tokenizer
+
+
+def to_be_trained(model: Any, config: ModelConfig, device: torch.device) -> Any:
+    """The model on its device with what is trained of it: all weights, or adapters around it."""
     if config.lora_rank:
         model = _with_adapters(model, config)
     else:
@@ -39,9 +47,7 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[LanguageModel
     model.to(device).train()
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
-    policy = _wrapped(model, tokenizer)
-    policy.frozen_dtype = getattr(torch, config.dtype)
-    return policy, tokenizer
+    return model
 
 
 def frozen_model(source: str, device: torch.device, setting: str) -> tuple[LanguageModel, Any]:
@@ -63,7 +69,7 @@ def frozen_model(source: str, device: torch.device, setting: str) -> tuple[Langu
     elif (Path(source) / "adapter_config.json").exists():
         model, tokenizer = _merged(source, setting)
     else:
-        model, tokenizer = _pretrained(source, setting)
+        model, tokenizer = pretrained(source, setting)
     _check(model, tokenizer, source, setting)
     return _wrapped(model.requires_grad_(False).to(device).eval(), tokenizer), tokenizer
 
@@ -100,9 +106,9 @@ def load_encoder(source: str, device: torch.device, setting: str) -> tuple[nn.Mo
 
 
 def save_model(
-    policy: LanguageModel, tokenizer: Any, folder: Path, *, merged: bool = False
+    policy: LanguageModel | VisionLanguage, tokenizer: Any, folder: Path, *, merged: bool = False
 ) -> Path:
-    """Write a folder that AutoModelForCausalLM.from_pretrained opens, whole or not at all.
+    """Write a folder that from_pretrained opens (of AutoModelForCausalLM, say), whole or not at all.
 
     Args:
         policy: with adapters, the adapters alone are written (the folder names their base model).
@@ -145,13 +151,30 @@ def _merged(source: str, setting: str) -> tuple[Any, Any]:
     return model.merge_and_unload(), tokenizer
 
 
-def _pretrained(source: str, setting: str = "--model") -> tuple[Any, Any]:
+def pretrained(
+    source: str,
+    setting: str = "--model",
+    *,
+    model_class: str = "AutoModelForCausalLM",
+    reader: str = "AutoTokenizer",
+) -> tuple[Any, Any]:
+    """A model and what reads for it, from a folder or a Hugging Face name.
+
+    Args:
+        source: folder or name.
+        setting: that named it, for messages.
+        model_class: of transformers.
+        reader: likewise, of the tokenizer or processor.
+
+    Raises:
+        UserError: it cannot be read, or holds adapters.
+    """
     transformers: Any = needed("transformers", source, "language")
     check_is_there(source, setting)
     try:
         with without_progress_bars("transformers"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            tokenizer = getattr(transformers, reader).from_pretrained(source)
+            model = getattr(transformers, model_class).from_pretrained(
                 source, dtype="auto", use_safetensors=True
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -164,13 +187,22 @@ def _pretrained(source: str, setting: str = "--model") -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _check(model: Any, tokenizer: Any, source: str, setting: str = "--model") -> None:
+def check_vocabulary(model: Any, tokenizer: Any, source: str, setting: str = "--model") -> None:
+    """Refuse a tokenizer that writes tokens which the model does not have.
+
+    Raises:
+        UserError: it does.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
             f"{setting} {source}: the tokenizer has {len(tokenizer)} tokens and the model {rows}: they "
             "do not belong together (or call model.resize_token_embeddings and save it again)"
         )
+
+
+def _check(model: Any, tokenizer: Any, source: str, setting: str = "--model") -> None:
+    check_vocabulary(model, tokenizer, source, setting)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{setting} {source}: the tokenizer has no end token, so that no completion would end: "

@@ -140,7 +140,24 @@ def _put_mujoco(layer: Any, buffer: torch.Tensor) -> None:
     mujoco: Any = library
     source = mujoco.MjData.__new__(mujoco.MjData)
     source.__setstate__(buffer.numpy().tobytes())
-    mujoco.mj_copyData(layer.data, layer.model, source)
+    if hasattr(mujoco, "mj_copyData"):
+        mujoco.mj_copyData(layer.data, layer.model, source)
+    else:
+        _copy_fields(layer.data, source)
+
+
+def _copy_fields(target: Any, source: Any) -> None:
+    """What mj_copyData does, where MuJoCo's Python does not offer it (3.3.0, say).
+
+    Lists of contacts and constraints have no fixed size and stay behind; each step makes them anew.
+    """
+    target.time = source.time
+    for name in dir(source):
+        value = None if name.startswith("_") else getattr(source, name, None)
+        if isinstance(value, np.ndarray):
+            here = getattr(target, name)
+            if here.shape == value.shape and here.flags.writeable:
+                here[...] = value
 
 
 def _mujoco_models(env: gymnasium.Env[Any, Any]) -> list[str]:

@@ -26,9 +26,11 @@ def mask_share(schedule: MaskSchedule, time: Float[Tensor, "*b"]) -> Float[Tenso
     return 1 - time ** {"linear": 1, "square": 2, "cubic": 3}[schedule]
 
 
-def mask_counts(schedule: MaskSchedule, time: Float[Tensor, "b"], length: int) -> Int[Tensor, "b"]:
+def mask_counts(
+    schedule: MaskSchedule, time: Float[Tensor, "b"], length: int | Int[Tensor, "b"]
+) -> Int[Tensor, "b"]:
     """How many of `length` tokens to mask for training: the nearest whole number, at least 1."""
-    return (mask_share(schedule, time) * length).round().long().clamp(1, length)
+    return (mask_share(schedule, time) * length).round().long().clamp(min=1).clamp(max=length)
 
 
 def mask_budgets(

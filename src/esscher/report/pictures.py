@@ -1,5 +1,5 @@
 """What was drawn, as figures: images side by side, points in a plane, populations beside their own
-reconstructions.
+reconstructions, episodes as strips of film.
 """
 
 import math
@@ -143,3 +143,23 @@ def _real_and_drawn(axes: Any, real: np.ndarray, drawn: np.ndarray, spec: Any) -
         axes.set_xlabel(spec.columns[0] if spec.columns else "first component", fontsize=6)
         axes.set_ylabel(spec.columns[1] if spec.columns else "second component", fontsize=6)
     axes.legend(fontsize=5)
+
+
+def film_figure(strips: Sequence[tuple[str, Sequence[np.ndarray], Sequence[int]]]) -> Figure:
+    """Episodes as strips of film, one below the other.
+
+    Args:
+        strips: of each, what it is called, its pictures (h w 3, bytes) and the steps that they show.
+    """
+    columns = max(len(frames) for _, frames, _ in strips)
+    figure = Figure(figsize=(1.3 * columns, 1.65 * len(strips)), layout="constrained")
+    parts = np.atleast_1d(figure.subfigures(len(strips), 1))
+    for part, (title, frames, steps) in zip(parts, strips, strict=True):
+        part.suptitle(title, fontsize=9, x=0.01, ha="left")
+        panels = np.atleast_1d(part.subplots(1, columns))
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, frame, step in zip(panels, frames, steps, strict=False):
+            axes.imshow(frame)
+            axes.set_title(f"step {step}", fontsize=7)
+    return figure

@@ -1,10 +1,11 @@
-"""The README's tables of methods, written from the catalogue and the proof records.
+"""The tables of methods, written from the catalogue and the proof records: the README's and the site's.
 
 python -m esscher.report.readme README.md    rewrites what lies between the marks
 """
 
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from esscher.registry import Entry, catalogue
@@ -15,16 +16,19 @@ BEGIN, END = "<!-- methods: written by make readme -->", "<!-- end of methods --
 def methods_tables(proofs: Path) -> str:
     """Papers with their verdicts, then baselines, as Markdown."""
     entries = list(catalogue().values())
-    papers = [_row(entry, _verdict(entry, proofs)) for entry in entries if not entry.baseline]
-    baselines = [_row(entry, "baseline") for entry in entries if entry.baseline]
-    head = "| name | what it is for | paper | proof |\n|---|---|---|---|\n"
     return (
-        head
-        + "".join(papers)
+        methods_table((entry for entry in entries if not entry.baseline), proofs)
         + "\nBaselines, which papers compare with and which prove nothing here:\n\n"
-        + head
-        + "".join(baselines)
+        + methods_table((entry for entry in entries if entry.baseline), proofs)
     )
+
+
+def methods_table(
+    entries: Iterable[Entry], proofs: Path, name: Callable[[str], str] = lambda slug: f"`{slug}`"
+) -> str:
+    """One table, a row a method; `name` says how a slug is written."""
+    head = "| name | what it is for | paper | proof |\n|---|---|---|---|\n"
+    return head + "".join(_row(entry, name(entry.slug), proofs) for entry in entries)
 
 
 def with_tables(text: str, proofs: Path) -> str:
@@ -39,25 +43,34 @@ def with_tables(text: str, proofs: Path) -> str:
     return f"{before}{BEGIN}\n\n{methods_tables(proofs)}\n{END}{after}"
 
 
-def _row(entry: Entry, proof: str) -> str:
-    paper = entry.paper
-    link = f"[{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}) ({paper['year']})"
-    return f"| `{entry.slug}` | {paper['purpose']} | {link} | {proof} |\n"
-
-
-def _verdict(entry: Entry, proofs: Path) -> str:
+def verdict_of(entry: Entry, proofs: Path) -> str:
+    """In a word: baseline, not tried, reproduced or not reproduced."""
+    if entry.baseline:
+        return "baseline"
     path = proofs / f"{entry.slug}.json"
     if not path.exists():
         return "not tried"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    verdict = record["verdict"]
+    return json.loads(path.read_text(encoding="utf-8"))["verdict"]
+
+
+def _row(entry: Entry, name: str, proofs: Path) -> str:
+    paper, proof = entry.paper, _proof(entry, proofs)
+    link = f"[{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}) ({paper['year']})"
+    return f"| {name} | {paper['purpose']} | {link} | {proof} |\n"
+
+
+def _proof(entry: Entry, proofs: Path) -> str:
+    verdict = verdict_of(entry, proofs)
+    if verdict in ("baseline", "not tried"):
+        return verdict
     if verdict != "reproduced":
+        record = json.loads((proofs / f"{entry.slug}.json").read_text(encoding="utf-8"))
         failed = [c["name"] for c in record["claims"] if c["verdict"] != "reproduced"]
         held = [c["name"] for c in record["claims"] if c["verdict"] == "reproduced"]
         verdict = f"not reproduced as a whole: {_are(failed)} not"
         verdict += f", {_are(held)}" if held else ""
-    name = f"{proofs.name}/{entry.slug}"
-    return f"{verdict}: [record]({name}.json), [figure]({name}.png)"
+    place = f"{proofs.name}/{entry.slug}"
+    return f"{verdict}: [record]({place}.json), [figure]({place}.png)"
 
 
 def _are(names: list[str]) -> str:

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ from esscher.runtime.run import read_experiment
 from esscher.runtime.state import under
 from esscher.runtime.stopping import stop_requests
 from esscher.types import Transitions
+
+T = TypeVar("T")
 
 Policy = Literal["agent", "random", "replay"]
 
@@ -139,8 +141,8 @@ def collect(
         # A factory may change what it makes: its specification would recover another task.
         made_by_factory = ":" in config.id and not config.id.startswith("ale_py")
         env_spec = None if made_by_factory else task.spec
-        with _writing(name, task, env_spec, metadata | _reference(reference)) as writer:
-            writer.add_all(_shown(source, title, total, display), requested)
+        with writing(name, task, env_spec, metadata | _reference(reference)) as writer:
+            writer.add_all(shown(source, title, total, display), requested)
         return Collected(name, minari_path(name), writer.returns, writer.lengths)
 
 
@@ -188,9 +190,9 @@ def combine(
         **_reference(reference or _common_reference(names, raw)),
     }
     total = sum(part.total_episodes for part in parts)
-    with stop_requests() as requested, _writing(name, parts[0], env_spec, metadata) as writer:
-        shown = _shown(_episodes_of(parts), f"combining into {name}", total, display)
-        writer.add_all(shown, requested)
+    with stop_requests() as requested, writing(name, parts[0], env_spec, metadata) as writer:
+        episodes = shown(_episodes_of(parts), f"combining into {name}", total, display)
+        writer.add_all(episodes, requested)
     return Collected(name, minari_path(name), writer.returns, writer.lengths)
 
 
@@ -585,7 +587,7 @@ def _common_reference(
 
 
 @dataclass
-class _Writer:
+class Writer:
     """Takes episodes into a Minari storage, many at a time."""
 
     storage: Any
@@ -619,7 +621,7 @@ class _Writer:
 
 
 @contextmanager
-def _writing(name: str, task: Any, env_spec: Any, metadata: dict[str, Any]) -> Iterator[_Writer]:
+def writing(name: str, task: Any, env_spec: Any, metadata: dict[str, Any]) -> Iterator[Writer]:
     """A new set that appears under its name when the block ends, or not at all.
 
     Args:
@@ -635,9 +637,9 @@ def _writing(name: str, task: Any, env_spec: Any, metadata: dict[str, Any]) -> I
 
     target = check_new(name)
     root = minari_path(name).parents[name.count("/")]
-    with _held(root / ".esscher_writing" / name.replace("/", "__"), name) as folder:
+    with held(root / ".esscher_writing" / name.replace("/", "__"), name) as folder:
         (folder / "data").mkdir()
-        writer = _Writer(
+        writer = Writer(
             MinariStorage.new(
                 folder / "data",
                 observation_space=task.observation_space,
@@ -650,17 +652,26 @@ def _writing(name: str, task: Any, env_spec: Any, metadata: dict[str, Any]) -> I
         writer.flush()
         own = {"dataset_id": name, "minari_version": minari.__version__}
         writer.storage.update_metadata({**own, **metadata})
-        _to_disk(folder)
+        to_disk(folder)
         namespace = parse_dataset_id(name)[0]
         if namespace is not None and namespace not in list_local_namespaces():
             create_namespace(namespace)
         os.replace(folder, check_new(name))
-        _to_disk(target.parent, deep=False)
+        to_disk(target.parent, deep=False)
 
 
 @contextmanager
-def _held(folder: Path, name: str) -> Iterator[Path]:
-    """An empty folder that no other process writes; gone afterwards, unless it was renamed."""
+def held(folder: Path, name: str, *, keep: bool = False) -> Iterator[Path]:
+    """A folder that no other process writes: empty, and gone afterwards unless it was renamed.
+
+    Args:
+        folder: which may be there already.
+        name: of what is being written, for messages.
+        keep: leave what is in it, before and afterwards.
+
+    Raises:
+        UserError: another process holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -669,18 +680,20 @@ def _held(folder: Path, name: str) -> Iterator[Path]:
         except BlockingIOError:
             raise UserError(f"{name} is being written by another process") from None
         try:
-            for leftover in folder.iterdir():  # Of a process that was killed.
+            for leftover in () if keep else folder.iterdir():  # Of a process that was killed.
                 shutil.rmtree(leftover)
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # Others may be writing there.
                 folder.parent.rmdir()
     finally:
         os.close(descriptor)
 
 
-def _to_disk(folder: Path, *, deep: bool = True) -> None:
+def to_disk(folder: Path, *, deep: bool = True) -> None:
+    """Wait until a folder, and what is in it, would survive a power cut."""
     for path in [*(folder.rglob("*") if deep else ()), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -689,8 +702,14 @@ def _to_disk(folder: Path, *, deep: bool = True) -> None:
             os.close(descriptor)
 
 
-def _shown(episodes: Iterable[Episode], title: str, total: int, display: bool) -> Iterator[Episode]:
-    """The same episodes, with progress and the time left on standard error."""
+def shown(
+    episodes: Iterable[T],
+    title: str,
+    total: int,
+    display: bool,
+    told: Callable[[], str] = lambda: "",
+) -> Iterator[T]:
+    """The same episodes, with progress, the time left and `told` on standard error."""
     if not display:
         yield from episodes
         return
@@ -699,11 +718,14 @@ def _shown(episodes: Iterable[Episode], title: str, total: int, display: bool) -
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} episodes"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} episodes{task.fields[told]}"),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console, transient=True) as progress:
-            yield from progress.track(episodes, total=total, description=title)
+            bar = progress.add_task(title, total=total, told="")
+            for episode in episodes:
+                yield episode
+                progress.update(bar, advance=1, told=told())
         return
     began = spoken = time.monotonic()
     for count, episode in enumerate(episodes, 1):
@@ -712,5 +734,6 @@ def _shown(episodes: Iterable[Episode], title: str, total: int, display: bool) -
         if now - spoken > SECONDS_A_LINE:
             spoken, left = now, (now - began) / count * (total - count)
             console.print(
-                f"{title}: {count:,} of {total:,} episodes, {left:,.0f} s left", highlight=False
+                f"{title}: {count:,} of {total:,} episodes{told()}, {left:,.0f} s left",
+                highlight=False,
             )

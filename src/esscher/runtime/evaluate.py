@@ -31,6 +31,9 @@ class Evaluation:
     """Further means, by name."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     """Of a language model: some prompts with what it wrote."""
+    milliseconds: float | None = None
+    """Of a policy that draws chunks of actions: what one took it, for all episodes side by side. Not a
+    part of what is recorded, since a clock decides it."""
 
     @property
     def told(self) -> str:

@@ -4,7 +4,6 @@ A job is only a folder with a config.json, so a killed job is simply resumed, on
 jobs: processes of this machine, or Ray tasks here or on a cluster.
 """
 
-import logging
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from esscher.errors import UserError
+from esscher.adapters.ray_environments import join_ray
 from esscher.runtime.run import read_experiment, read_result
 
 Engine = Literal["processes", "ray"]
@@ -182,17 +181,7 @@ class _RayTask(_Job):
 
 
 def _ray_starter(address: str | None) -> Callable[[Path], _Job]:
-    try:
-        import ray
-    except ImportError:
-        raise UserError('sweeps on Ray need it installed: pip install "esscher[scale]"') from None
-    if not ray.is_initialized():
-        ray.init(
-            address=address,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    ray = join_ray(address)
 
     def start(folder: Path) -> _Job:
         threads = read_experiment(folder).runtime.threads

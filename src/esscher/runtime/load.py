@@ -30,7 +30,7 @@ class Loaded:
     policy: Any
     """Of a controller: maps observations to actions of the environment; see Controller.predict. Of a
     language model: answers prompts; see Writer.complete. Of a diffusion model: draws; see
-    Painter.draw. Of populations: embeds sets; see Embedder."""
+    Painter.draw. Of populations: embeds sets; see Embedder. Of a robot that sees: see Robot.act."""
     method: Any
     """The whole learner, critics and optimisers included."""
     step: int
@@ -76,6 +76,8 @@ def load(directory: str | Path, *, step: int | None = None) -> Loaded:
         return _load_diffusion(experiment, checkpoint)
     if world == "sets":
         return _load_sets(experiment, checkpoint)
+    if world == "robots":
+        return _load_robot(experiment, checkpoint)
     fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint.meta["spec"].items()
     }
@@ -86,20 +88,35 @@ def load(directory: str | Path, *, step: int | None = None) -> Loaded:
 
 
 def evaluate_model(
-    directory: str | Path, evaluation: EvaluationConfig, *, step: int | None = None
+    directory: str | Path,
+    evaluation: EvaluationConfig,
+    *,
+    step: int | None = None,
+    tasks: tuple[str, ...] = (),
 ) -> tuple[Loaded, Evaluation]:
-    """Judge what is no controller anew, on the rows or populations that were held out, or on what is
-    drawn.
+    """Judge what is no controller anew, on the rows or populations that were held out, on what is
+    drawn, or in tasks.
+
+    Args:
+        directory: of the run.
+        evaluation: how much.
+        step: of the checkpoint; None: the newest.
+        tasks: where a robot is judged; empty: where its run judged it.
 
     Raises:
         UserError: as `load` does, or the data cannot be read any more.
     """
     experiment = replace(read_experiment(Path(directory)), evaluation=evaluation)
+    if tasks:
+        stage = experiment.stages[-1]
+        stage = replace(stage, robot=replace(stage.robot, tasks=tasks))
+        experiment = replace(experiment, stages=(*experiment.stages[:-1], stage))
     checkpoint = checkpoints.load(Path(directory), step)
     opened = {
         "language": _load_language,
         "diffusion": _load_diffusion,
         "sets": _load_sets,
+        "robots": _load_robot,
     }[load_method(experiment.slug).world]
     with closing(world_of(experiment, Runtime())) as world:
         loaded = opened(experiment, checkpoint, world)
@@ -147,3 +164,18 @@ def _load_sets(
     method = load_method(experiment.slug)(experiment.method, spec, Runtime())
     method.load_state_dict(under("method", checkpoint.state))
     return Loaded(experiment, Embedder(method, spec), method, checkpoint.step)
+
+
+def _load_robot(
+    experiment: Experiment, checkpoint: checkpoints.Checkpoint, world: Any = None
+) -> Loaded:
+    """The data are not needed, but where there is a world they must be the same."""
+    from esscher.robot import Robot
+    from esscher.runtime.robots import RobotWorld, spec_of
+
+    described, runtime = checkpoint.meta["spec"], Runtime()
+    world = world or RobotWorld(experiment, runtime, known=spec_of(described))
+    world.check(described)
+    method = load_method(experiment.slug)(experiment.method, world.spec, runtime)
+    method.load_state_dict(under("method", checkpoint.state))
+    return Loaded(experiment, Robot(method.policy, world.spec), method, checkpoint.step)

@@ -1,4 +1,5 @@
-"""What a run is about: controllers, language models, diffusion models, populations known by samples.
+"""What a run is about: controllers, language models, diffusion models, populations known by samples,
+robots that see.
 
 A world builds the parts that depend on it (specification, experience, evaluation) and drives the loop;
 the runner around it is the same for all.
@@ -91,6 +92,10 @@ def world_of(experiment: Experiment, runtime: Runtime) -> World:
         from esscher.runtime.sets import SetWorld
 
         return SetWorld(experiment, runtime)
+    if world == "robots":
+        from esscher.runtime.robots import RobotWorld
+
+        return RobotWorld(experiment, runtime)
     return ControlWorld(experiment, runtime)
 
 
@@ -184,6 +189,7 @@ SUBJECTS = {
     "language": "a language model",
     "diffusion": "a diffusion model",
     "sets": "populations",
+    "robots": "a robot that sees",
 }
 
 

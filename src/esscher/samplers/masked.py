@@ -21,6 +21,8 @@ Predict = Callable[[Int[Tensor, "b l"]], Float[Tensor, "b l k"]]
 """Tokens with the mask's number where they are masked -> logits of the k tokens at every place."""
 Critic = Callable[[Int[Tensor, "b l"]], Float[Tensor, "b l"]]
 """Whole sequences -> how sure each token is, in (0, 1]."""
+Edit = Callable[[int, Int[Tensor, "b l"]], Int[Tensor, "b l"]]
+"""Round, counted from 0, and tokens before it -> the tokens that it begins with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ def decode_masked(
     decoding: MaskedDecoding,
     *,
     critic: Critic | None = None,
+    edit: Edit | None = None,
 ) -> Int[Tensor, "b l"]:
     """Fill in what is masked; torch's own generator decides.
 
@@ -71,6 +74,7 @@ def decode_masked(
         mask_token: that number, >= k.
         decoding: how.
         critic: says how sure tokens are, in place of the model.
+        edit: changes tokens between rounds, to see what is made of that.
 
     Source: Discrete Diffusion VLA (arXiv 2508.20072), decoding; MaskGIT, sec. 3.2.
     """
@@ -78,6 +82,7 @@ def decode_masked(
     at_drawing = torch.zeros(start.shape, device=start.device)
     left = mask_budgets(decoding.schedule, wanted.sum(-1), rounds)
     for turn in range(rounds):
+        tokens = tokens if edit is None else edit(turn, tokens)
         masked, remaining = tokens == mask_token, 1 - (turn + 1) / rounds
         probability = predict(tokens).float().softmax(-1)
         temperature = decoding.temperature * (remaining if decoding.annealed else 1)
