@@ -228,10 +228,12 @@ def _pictures_of(ranking: Ranking) -> Iterator[Shown]:
                 continue
             told = told or common
             who = "every method" if common else run.name
+            where = f"on {run.env}, seed {run.seed}, {moment(step)}"
+            played = run.world == "robots"
             yield _picture(
                 f"samples {'start' if common else run.name} {step} {ranking.name}",
-                f"What {who} drew on {run.env}, seed {run.seed}, {moment(step)}",
-                "from the same noise at each step",
+                f"Episodes of {who} {where}" if played else f"What {who} drew {where}",
+                "" if played else "from the same noise at each step",
                 path,
             )
         for path in run.figures():
