@@ -726,6 +726,25 @@ def paper() -> Experiment:
     )
 
 
+def tabletop() -> Experiment:
+    """A small model for images of 64 x 64, an hour or less of one core; give --data, such as
+    demonstrations that `esscher data collect metaworld:TASK --images 64` has made.
+    """
+    return replace(
+        Experiment.of(
+            Config(bins=64, crop=0.9, batch_size=32, learning_rate=1e-3, decay_after=3_000, levels=20),
+            model=ModelConfig(
+                source="esscher.models:tiny_llava",
+                kwargs={"layers": 3, "width": 96, "image_size": 64, "patch_size": 16},
+            ),
+            data="demonstrations",
+            steps=4_000,
+        ),
+        evaluation=EvaluationConfig(every=2_000, episodes=10, step_limit=200),
+        checkpoint=CheckpointConfig(every=1_000),
+    )
+
+
 def round_obstacle() -> Experiment:
     """A small model that goes round an obstacle on either side, in some minutes."""
     return _learned(Config())
