@@ -254,7 +254,7 @@ def _sample(arguments: list[str]) -> int:
         return _draw_populations(folder, options)
     if world != "language":
         raise UserError(
-            f"{folder} trained {SUBJECTS[world]}: esscher eval {folder} plays episodes with it"
+            f"{folder} trained {'a controller' if world == 'control' else 'a robot'}: esscher eval {folder} plays episodes with it"
         )
     from esscher.runtime.load import load
 

@@ -145,7 +145,10 @@ def test_run_leaves_a_whole_folder(finished):
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     (events,) = [name for name in names if name.startswith("tensorboard/")]
     figures = {name for name in names if name.startswith("report_figures/")}
-    assert {Path(name).name for name in figures} >= {"curves_Pendulum-v1.png", "curves_Pendulum-v1.csv"}
+    assert {Path(name).name for name in figures} >= {
+        "curves_Pendulum-v1.png",
+        "curves_Pendulum-v1.csv",
+    }
     assert names - {events, ".lock"} - figures == {
         "config.json",
         "metrics.jsonl",

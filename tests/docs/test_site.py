@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import chromium, darkened, programs, resized, served
 from documents import ROOT
 
+from browser import chromium, darkened, programs, resized, served
 from esscher.registry import catalogue, load_module
 from esscher.report.catalogue import families, pages, relocated
 

@@ -207,12 +207,12 @@ def test_intervals_are_those_of_rliable():
     _, theirs = library.get_interval_estimates(
         {"x": x}, lambda scores: np.array([metrics.aggregate_iqm(scores)]), reps=3000
     )
-    point, low, high = stratified_bootstrap(x, num_resamples=3000)
+    _, low, high = stratified_bootstrap(x, num_resamples=3000)
     np.testing.assert_allclose([low, high], theirs["x"][:, 0], atol=(high - low) / 10)
     _, theirs = library.get_interval_estimates(
         {"x,y": (x, y)},
         lambda one, other: np.array([metrics.probability_of_improvement(one, other)]),
         reps=2000,
     )
-    point, low, high = probability_of_improvement(x, y, num_resamples=2000)
+    _, low, high = probability_of_improvement(x, y, num_resamples=2000)
     np.testing.assert_allclose([low, high], theirs["x,y"][:, 0], atol=(high - low) / 10)

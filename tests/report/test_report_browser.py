@@ -4,7 +4,6 @@ The browser is Chromium with its driver; without them the tests skip.
 """
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,11 @@ from typing import Any
 import pytest
 from synthetic_runs import write_picture, write_run, write_samples
 
+from browser import chromium, darkened, programs, resized
 from esscher.report import write_report
 
 CONTRAST = 4.5
 """Least ratio of text to its ground (WCAG 2.2, level AA)."""
-
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--disable-extensions", "--hide-scrollbars")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,28 +39,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if chromium is None or driver is None:
+    pytest.importorskip("selenium", reason="selenium is not installed")
+    if None in programs():
         pytest.skip("no Chromium with its driver here (Debian: chromium and chromium-driver)")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    running = webdriver.Chrome(options=options, service=Service(driver))
-    yield running
-    running.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as running:
+        yield running
 
 
 def opened(browser: Any, page: Path, width: int = 1100, scheme: str = "light") -> Any:
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    darkened(browser, scheme == "dark")
+    resized(browser, width)
     browser.get(page.as_uri())
     return browser
 

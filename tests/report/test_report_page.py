@@ -219,9 +219,10 @@ def test_pictures_that_runs_drew_are_shown(tmp_path):
     assert "2 more pictures of these runs in their own folders" in page.text
 
 
-@pytest.fixture
-def families(tmp_path):
-    """Controllers on two tasks, language models by reward, diffusion models by two measures."""
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """Controllers on two tasks, writers by reward, painters by two measures: folder and page."""
+    tmp_path = tmp_path_factory.mktemp("families")
     for seed in range(2):
         for env in ("Hopper-v5", "Walker2d-v5"):
             for slug, height in (("sac", 2000), ("td3", 1000)):
@@ -240,11 +241,11 @@ def families(tmp_path):
             write_picture(run, 0, 10)
             write_picture(run, 50_000, 20)
             write_picture(run, 100_000, 30)
-    return tmp_path
+    return tmp_path, *report(tmp_path)
 
 
 def test_families_and_measures_have_sections_of_their_own(families):
-    _, page = report(families)
+    folder, _, page = families
     headings = [tag for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert headings[0] == "h1" and headings.count("h1") == 1
     levels = [int(heading[1]) for heading in headings]
@@ -258,7 +259,7 @@ def test_families_and_measures_have_sections_of_their_own(families):
     assert "Over 2 tasks, returns normalised per task, sac is ahead" in page.text
     assert page.text.count("normalised per task") == 1
     assert "On sums after 100,000 steps lite_ppo" in page.text
-    with (families / "report_ranking.csv").open() as file:
+    with (folder / "report_ranking.csv").open() as file:
         rows = list(csv.DictReader(file))
     together = {(row["world"], row["measure"], row["task"]): set() for row in rows}
     for row in rows:
@@ -274,7 +275,7 @@ def test_families_and_measures_have_sections_of_their_own(families):
 
 
 def test_commands_fit_the_family(families):
-    commands = report(families)[1].text.partition("How to go on")[2]
+    commands = families[2].text.partition("How to go on")[2]
     assert "esscher compare sac td3 --env.id Hopper-v5 --steps 100000 --seeds 10" in commands
     assert "esscher compare f_dpg lite_ppo --model models/small --data sums" in commands
     assert "esscher compare dragon --model models/small --data digits" in commands
@@ -285,60 +286,61 @@ def test_commands_fit_the_family(families):
 
 
 def test_samples_stand_beside_those_of_the_model_of_before(families):
-    _, page = report(families)
-    text = page.text
+    text = families[2].text
     start = text.index("sums, seed 0 Prompt The model of before")
-    table = text[start : text.index("Diagnostics", start)]
-    assert table == (
+    assert text[start : text.index("Diagnostics", start)] == (
         "sums, seed 0 Prompt The model of before lite_ppo, after 100,000 steps f_dpg, after 100,000 "
         "steps 1+1= before reward 0.000 2 <lite_ppo> reward 1.00 2 <f_dpg> reward 1.00 2+2= nothing, "
         "reward 0.000 5 reward 1.00 5 reward 1.00 "
     )
-    # Another start: each with its own.
-    write_samples(families / "f_dpg-0", 0, {"1+1=": "other", "2+2=": ""})
-    text = report(families)[1].text
-    for method in ("lite_ppo", "f_dpg"):
-        head = f"{method} on sums, seed 0 Prompt The model of before After 100,000 steps 1+1="
-        assert head in text
     assert "halfway" not in text
 
 
+def test_methods_that_began_otherwise_have_samples_of_their_own(tmp_path):
+    for slug in ("lite_ppo", "f_dpg"):
+        run = write_run(tmp_path / slug, slug, "sums", measure="reward")
+        write_samples(run, 0, {"1+1=": f"before {slug}"})
+        write_samples(run, 100_000, {"1+1=": "2"})
+    text = report(tmp_path, figures=False)[1].text
+    for slug in ("lite_ppo", "f_dpg"):
+        head = f"{slug} on sums, seed 0 Prompt The model of before After 100,000 steps 1+1="
+        assert f"{head} before {slug} 2" in text
+
+
 def test_reward_is_shown_against_the_distance(families):
-    html, page = report(families)
+    folder, html, _ = families
     assert "Reward on sums, against the distance from the model of before" in html
     assert "Reward of the set on digits, against the distance" in html
-    with (families / "report_figures" / "language_reward_distance_sums.csv").open() as file:
+    with (folder / "report_figures" / "language_reward_distance_sums.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 2 * 20
     last = [row for row in rows if row["method"] == "lite_ppo" and row["step"] == "100000"]
     assert [row["kl_to_reference"] for row in last] == ["9.0", "9.0"]
-    assert not any(
-        "distance_Hopper" in path.name for path in (families / "report_figures").iterdir()
-    )
+    assert not any("distance_Hopper" in path.name for path in (folder / "report_figures").iterdir())
 
 
-def test_pictures_before_and_after_of_each_method_once(families):
-    """Of the first seed; where methods begin alike, what the model of before drew is shown once."""
-    _, page = report(families)
-    shown = [picture["alt"] for picture in page.all("img")]
-    assert shown == [
+def test_pictures_before_and_after_of_the_first_seed_of_each_method(families):
+    page = families[2]
+    assert [picture["alt"] for picture in page.all("img")] == [
         f"What {slug} drew on digits, seed 0, {when}"
         for slug in ("b2_diffurl", "dragon")
         for when in ("before training", "after 100,000 steps")
     ]
     assert page.text.count("from the same noise at each step") == 4
-    assert "4 more pictures" not in page.text and "2 more pictures of these runs" in page.text
-    write_run(
-        families / "other", "adaptive_guidance", "digits", height=3, measure="reward", noise=0.1
-    )
-    write_picture(families / "other", 0, 10)
-    write_picture(families / "other", 100_000, 200)
-    shown = [picture["alt"] for picture in report(families)[1].all("img")]
-    assert sum("every method drew on digits, seed 0, before" in alt for alt in shown) == 1
-    assert sum("adaptive_guidance drew" in alt for alt in shown) == 1
-    write_picture(families / "other", 0, 11)
-    shown = [picture["alt"] for picture in report(families)[1].all("img")]
-    assert not any("every method" in alt for alt in shown)
+    assert page.text.count("more pictures of these runs in their own folders") == 2
+
+
+def test_what_the_model_of_before_drew_is_shown_once_where_methods_begin_alike(tmp_path):
+    for slug in ("b2_diffurl", "adaptive_guidance"):
+        run = write_run(tmp_path / slug, slug, "digits", measure="reward")
+        write_picture(run, 0, 10)
+        write_picture(run, 100_000, 20 if slug == "b2_diffurl" else 200)
+    shown = [picture["alt"] for picture in report(tmp_path, figures=False)[1].all("img")]
+    assert sum("What every method drew on digits, seed 0, before training" in s for s in shown) == 1
+    assert len(shown) == 3
+    write_picture(tmp_path / "b2_diffurl", 0, 11)
+    shown = [picture["alt"] for picture in report(tmp_path, figures=False)[1].all("img")]
+    assert not any("every method" in alt for alt in shown) and len(shown) == 4
 
 
 def test_every_figure_lies_beside_the_page_as_picture_and_numbers(comparison):
@@ -347,7 +349,7 @@ def test_every_figure_lies_beside_the_page_as_picture_and_numbers(comparison):
     folder.mkdir()
     (folder / "of_last_time.png").write_bytes(b"old")
     (folder / "notes.txt").write_text("mine")
-    html, page = report(comparison)
+    _, page = report(comparison)
     names = sorted(path.stem for path in folder.glob("*.png"))
     assert names == sorted(path.stem for path in folder.glob("*.csv"))
     assert len(names) == len(page.all("svg")) and "of_last_time" not in names

@@ -29,7 +29,7 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """One figure of the page and of its folder: drawn here from numbers, or a picture that a run left."""
+    """One figure of the page and of its folder: drawn from numbers, or a picture that a run left."""
 
     name: str
     """Of its files."""
@@ -199,8 +199,9 @@ def _curve_table(ranking: Ranking) -> Table:
     rows = []
     for entry in ranking.entries:
         if entry.counted:
-            grid, band = plots.band_of(entry)
-            rows += [[entry.method, *map(float, row)] for row in zip(grid, *band, strict=True)]
+            grid, (middle, low, high) = plots.band_of(entry)
+            numbers = zip(grid, middle, low, high, strict=True)
+            rows += [[entry.method, *map(float, row)] for row in numbers]
     return Table(["method", "step", "iqm", "low", "high"], rows)
 
 
@@ -227,10 +228,12 @@ def _pictures_of(ranking: Ranking) -> Iterator[Shown]:
                 continue
             told = told or common
             who = "every method" if common else run.name
+            where = f"on {run.env}, seed {run.seed}, {moment(step)}"
+            played = run.world == "robots"
             yield _picture(
                 f"samples {'start' if common else run.name} {step} {ranking.name}",
-                f"What {who} drew on {run.env}, seed {run.seed}, {moment(step)}",
-                "from the same noise at each step",
+                f"Episodes of {who} {where}" if played else f"What {who} drew {where}",
+                "" if played else "from the same noise at each step",
                 path,
             )
         for path in run.figures():

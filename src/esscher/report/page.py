@@ -291,6 +291,8 @@ def _commands_of(group: Group) -> list[tuple[str, str]]:
             ("Draw its populations again", f"esscher sample {_path(best)}"),
             ("Read the vectors of its populations", f"head {_path(best)}/embeddings.csv"),
         ]
+    if group.world == "robots":
+        return [again]
     if group.world == "language":
         return [
             again,

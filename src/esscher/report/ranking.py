@@ -27,6 +27,7 @@ WORLDS = {
     "language": "Language models",
     "diffusion": "Diffusion models",
     "sets": "Populations",
+    "robots": "Robots that see",
 }
 UNDEFINED = Interval(float("nan"), float("nan"), float("nan"))
 

@@ -72,7 +72,8 @@ def default_title(runs: Sequence[RunRecord]) -> str:
 def answer(ranking: Ranking) -> str:
     """One sentence: who is ahead, by how much, and whether that is more than chance."""
     if not ranking.scored:
-        return f"On {ranking.name} no run has recorded a {ranking.measure} yet, so there is nothing to rank."
+        what = f"a {ranking.measure} yet, so there is nothing to rank"
+        return f"On {ranking.name} no run has recorded {what}."
     where = (
         f"On {ranking.name} after {plural(ranking.step, 'step')}"
         if ranking.step is not None

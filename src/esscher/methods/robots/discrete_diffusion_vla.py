@@ -732,7 +732,9 @@ def tabletop() -> Experiment:
     """
     return replace(
         Experiment.of(
-            Config(bins=64, crop=0.9, batch_size=32, learning_rate=1e-3, decay_after=3_000, levels=20),
+            Config(
+                bins=64, crop=0.9, batch_size=32, learning_rate=1e-3, decay_after=3_000, levels=20
+            ),
             model=ModelConfig(
                 source="esscher.models:tiny_llava",
                 kwargs={"layers": 3, "width": 96, "image_size": 64, "patch_size": 16},
