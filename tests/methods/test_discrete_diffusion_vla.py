@@ -133,9 +133,34 @@ def test_a_component_without_range_is_refused() -> None:
     with pytest.raises(UserError, match=r"action 1 has zero range .* always 0\.25.*lower quantile"):
         method_of(quantile=0.1).experience(data_of(action, (40,)))
     method_of(quantile=0.1, binary=(1,)).experience(data_of(action, (40,)))
+    with pytest.raises(UserError, match=r"action 1 is named in constant and changes .* 0\.25 to 1"):
+        method_of(constant=(1,)).experience(data_of(action, (40,)))
     action[3, 1] = 0.25
-    with pytest.raises(UserError, match="action 1 has zero range"):
+    with pytest.raises(UserError, match=r"action 1 has zero range .*--method\.constant 1"):
         method_of(binary=(1,)).experience(data_of(action, (40,)))
+
+
+@pytest.mark.parametrize("head", ["masked", "autoregressive", "diffusion", "regression"])
+def test_a_constant_component_is_executed_as_it_was(head: str) -> None:
+    action = torch.rand(40, 2) * 2 - 1
+    action[:, 1] = 0.25
+    method = method_of(head=head, constant=(1,), rounds=2, levels=2)
+    windows = method.experience(data_of(action, (40,)))
+    shake(method)
+    torch.manual_seed(0)
+    drawn = method.policy.chunk(windows.at(range(5)).scenes)
+    assert drawn[..., 1].tolist() == [[0.25] * drawn.shape[1]] * 5
+    if head in ("masked", "autoregressive"):
+        assert drawn[..., 0].std() > 0
+        tokens = method.acting.actions.tokens(action[:8].unsqueeze(0))
+        assert tokens[0, 1::2].tolist() == [0] * 8
+
+
+def test_a_component_has_one_value_or_two() -> None:
+    with pytest.raises(UserError, match="binary and constant name the same component"):
+        method_of(binary=(1,), constant=(1,))
+    with pytest.raises(UserError, match="constant must be components in"):
+        method_of(constant=(9,))
 
 
 def test_continuous_heads_see_the_same_range() -> None:

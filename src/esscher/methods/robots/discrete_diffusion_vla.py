@@ -95,6 +95,9 @@ class Config:
     """Of each component, k >= 2."""
     binary: tuple[int, ...] = ()
     """Components with two values, such as a gripper: two tokens, the data's smallest and largest."""
+    constant: tuple[int, ...] = ()
+    """Components that never change in the data, such as a gripper that is not used: nothing is learned
+    of them, and they are executed as they were."""
     quantile: float = 0.01
     """Bins lie between this quantile of a component and that of its complement, in [0, 0.5)."""
     attention: Literal["full", "prefix"] = "full"
@@ -138,7 +141,14 @@ class Config:
             require(name, getattr(self, name), getattr(self, name) >= 2, ">= 2")
         shown = self.executed is None or 1 <= self.executed <= self.horizon
         require("executed", self.executed, shown, f"None or in [1, {self.horizon}]")
-        require("binary", self.binary, all(n >= 0 for n in self.binary), ">= 0 each")
+        for name in ("binary", "constant"):
+            require(
+                name, getattr(self, name), all(n >= 0 for n in getattr(self, name)), ">= 0 each"
+            )
+        if set(self.binary) & set(self.constant):
+            raise UserError(
+                "binary and constant name the same component: it has two values, or one"
+            )
         require("quantile", self.quantile, 0 <= self.quantile < 0.5, "in [0, 0.5)")
         require("learning_rate", self.learning_rate, self.learning_rate > 0, "> 0")
         require("weight_decay", self.weight_decay, self.weight_decay >= 0, ">= 0")
@@ -286,7 +296,8 @@ class ActionRange(nn.Module):
 
     def __init__(self, size: int, cfg: Config):
         super().__init__()
-        self.bins, self.quantile, self.binary = cfg.bins, cfg.quantile, list(cfg.binary)
+        self.bins, self.quantile = cfg.bins, cfg.quantile
+        self.binary, self.constant = list(cfg.binary), list(cfg.constant)
         for name in ("low", "high"):
             self.register_buffer(name, torch.zeros(size))
 
@@ -295,18 +306,26 @@ class ActionRange(nn.Module):
         """Take the statistics of the data.
 
         Raises:
-            UserError: a component has no range.
+            UserError: a component has no range, or one that should be constant has.
         """
         q = torch.tensor([self.quantile, 1 - self.quantile], dtype=action.dtype)
         ends = torch.stack([column.quantile(q) for column in action.cpu().unbind(-1)], 1)
         for number in self.binary:
             ends[:, number] = torch.stack(action[:, number].cpu().aminmax())
+        for number in self.constant:
+            low, high = (float(end) for end in action[:, number].cpu().aminmax())
+            if low < high:
+                raise UserError(
+                    f"action {number} is named in constant and changes in the data, from {low:g} to "
+                    f"{high:g}: leave it out"
+                )
+            ends[:, number] = torch.tensor([low - 1, low + 1])  # Its value lies in the middle.
         for number, (low, high) in enumerate(ends.T.tolist()):
             if low >= high:
                 raise UserError(
                     f"action {number} has zero range in the data (between its quantiles it is always "
                     f"{low:g}), so it cannot be learned: lower quantile, name it in binary if it has "
-                    "two values, or take data in which it changes"
+                    f"two values, or in constant if it has one (--method.constant {number})"
                 )
         self.low.copy_(ends[0])
         self.high.copy_(ends[1])
@@ -328,6 +347,7 @@ class ActionRange(nn.Module):
         for number in self.binary:
             middle = (self.low[number] + self.high[number]) / 2
             found[..., number] = (action[..., number] > middle).long()
+        found[..., self.constant] = 0
         return found.flatten(1)
 
     def values(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b h a"]:
@@ -337,12 +357,14 @@ class ActionRange(nn.Module):
         for number in self.binary:
             upper = tokens[..., number] > 0
             found[..., number] = torch.where(upper, self.high[number], self.low[number])
+        found[..., self.constant] = ((self.low + self.high) / 2)[self.constant]
         return found.clamp(-1, 1)
 
     def permitted(self, horizon: int) -> Bool[Tensor, "l k"]:
         """Which tokens each place may hold."""
         allowed = torch.ones(len(self.low), self.bins, dtype=torch.bool, device=self.low.device)
         allowed[self.binary, 2:] = False
+        allowed[self.constant, 1:] = False
         return allowed.repeat(horizon, 1)
 
     def scaled(self, action: Float[Tensor, "b h a"]) -> Float[Tensor, "b h a"]:
@@ -354,6 +376,7 @@ class ActionRange(nn.Module):
         scaled = scaled.clamp(-1, 1)
         for number in self.binary:
             scaled[..., number] = torch.where(scaled[..., number] > 0, 1.0, -1.0)
+        scaled[..., self.constant] = 0
         return (self.low + (scaled + 1) / 2 * (self.high - self.low)).clamp(-1, 1)
 
 
@@ -643,8 +666,9 @@ class DiscreteDiffusionVLA(Method):
     def __init__(self, cfg: Config, spec: VisionSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
         size, room = spec.robot.action_dim, spec.model.context_length
-        known = all(component < size for component in cfg.binary)
-        require("binary", cfg.binary, known, f"components in [0, {size})")
+        for name in ("binary", "constant"):
+            known = all(component < size for component in getattr(cfg, name))
+            require(name, getattr(cfg, name), known, f"components in [0, {size})")
         of_images = len(spec.robot.cameras) * spec.model.image_tokens
         words = spec.instruction[0].shape[1]
         total = of_images + words + 1 + cfg.horizon * size
