@@ -18,6 +18,7 @@ from torch import Tensor
 
 from esscher.adapters.imports import needed, users_own
 from esscher.errors import UserError, require
+from esscher.files import readable
 from esscher.functional.sets import frechet_distance, moments, vendi_score
 
 Rows = Sequence[Mapping[str, Any]]
@@ -99,10 +100,8 @@ class Frechet:
     def __init__(self, exemplars: str, embed: str = ""):
         self._embed = _made(embed, "embed") if embed else _components
         from_file = exemplars.endswith(".npy")
-        try:
+        with readable(f"exemplars {exemplars} cannot be read"):
             found = np.load(exemplars, allow_pickle=False) if from_file else None
-        except (OSError, ValueError) as error:
-            raise UserError(f"exemplars {exemplars} cannot be read: {error}") from error
         if found is None:
             found = users_own(exemplars, "exemplars")()
         samples = torch.as_tensor(found).float()

@@ -4,6 +4,8 @@ functions of their own; adapters of peft on top.
 Weights are read from safetensors only, and no code that comes with a model is run.
 """
 
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,13 @@ from esscher.adapters.pretrained import check_is_there, without_progress_bars, w
 from esscher.distributions.autoregressive import LanguageModel
 from esscher.errors import UserError
 from esscher.experiment import ModelConfig
+from esscher.files import readable
 from esscher.runtime.rng import Phase, seed_phase
+
+READ_FROM = (
+    " (a folder with config.json, tokenizer and *.safetensors, a Hugging Face name, or "
+    "module:function)"
+)
 
 
 def load_model(config: ModelConfig, device: torch.device) -> tuple[LanguageModel, Any]:
@@ -84,18 +92,14 @@ def load_encoder(source: str, device: torch.device, setting: str) -> tuple[nn.Mo
     if ":" in source and not Path(source).exists():
         model, tokenizer = users_own(source, setting)()
     else:
-        try:
+        with readable(f"{setting} {source} cannot be read", READ_FROM):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
             with without_progress_bars("transformers"):
-                model = transformers.AutoModel.from_pretrained(
-                    source, dtype="float32", use_safetensors=True
+                model, found = transformers.AutoModel.from_pretrained(
+                    source, dtype="float32", use_safetensors=True, output_loading_info=True
                 )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UserError(
-                f"{setting} {source} cannot be read: {str(error).strip().splitlines()[0]} (a folder "
-                "with config.json, tokenizer and *.safetensors, a Hugging Face name, or "
-                "module:function)"
-            ) from error
+            # Models of masked tokens come without their pooler, which is then learned from nothing.
+            _all_there(name for name in found["missing_keys"] if not name.startswith("pooler"))
     return model.to(torch.float32).requires_grad_(True).to(device), tokenizer
 
 
@@ -133,35 +137,38 @@ def _merged(source: str, setting: str) -> tuple[Any, Any]:
     """A folder of adapters, written into the weights that they change."""
     transformers: Any = needed("transformers", source, "language")
     peft: Any = needed("peft", source, "language")
-    try:
+    with (
+        readable(f"{setting} {source} holds adapters, and they or their model cannot be read"),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("error", "Found missing adapter keys")  # They would be 0.
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         with without_progress_bars("transformers"):
             model = peft.AutoPeftModelForCausalLM.from_pretrained(source, dtype="auto")
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"{setting} {source} holds adapters, and the model that they change cannot be read: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
     return model.merge_and_unload(), tokenizer
 
 
 def _pretrained(source: str, setting: str = "--model") -> tuple[Any, Any]:
     transformers: Any = needed("transformers", source, "language")
     check_is_there(source, setting)
-    try:
-        with without_progress_bars("transformers"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype="auto", use_safetensors=True
-            )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"{setting} {source} cannot be read: {str(error).strip().splitlines()[0]} (a folder with "
-            "config.json, tokenizer and *.safetensors, a Hugging Face name, or module:function)"
-        ) from error
+    with (
+        readable(f"{setting} {source} cannot be read", READ_FROM),
+        without_progress_bars("transformers"),
+    ):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+        _all_there(found["missing_keys"])
     if hasattr(model, "peft_config"):
         raise UserError(f"{setting} {source} holds adapters: merge them first (esscher export RUN)")
     return model, tokenizer
+
+
+def _all_there(missing: Iterable[str]) -> None:
+    """Raise where the library would draw weights at random."""
+    for name in sorted(missing):
+        raise ValueError(f"its files lack the weights {name}")
 
 
 def _check(model: Any, tokenizer: Any, source: str, setting: str = "--model") -> None:

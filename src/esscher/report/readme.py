@@ -3,10 +3,10 @@
 python -m esscher.report.readme README.md    rewrites what lies between the marks
 """
 
-import json
 import sys
 from pathlib import Path
 
+from esscher.files import read_record
 from esscher.registry import Entry, catalogue
 
 BEGIN, END = "<!-- methods: written by make readme -->", "<!-- end of methods -->"
@@ -49,7 +49,7 @@ def _verdict(entry: Entry, proofs: Path) -> str:
     path = proofs / f"{entry.slug}.json"
     if not path.exists():
         return "not tried"
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_record(path)
     verdict = record["verdict"]
     if verdict != "reproduced":
         failed = [c["name"] for c in record["claims"] if c["verdict"] != "reproduced"]
