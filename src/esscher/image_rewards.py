@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed, users_own
 from esscher.errors import UserError, require
 from esscher.files import readable
 from esscher.functional.sets import frechet_distance, moments, vendi_score
@@ -103,7 +103,7 @@ class Frechet:
         with readable(f"exemplars {exemplars} cannot be read"):
             found = np.load(exemplars, allow_pickle=False) if from_file else None
         if found is None:
-            found = users_own(exemplars, "exemplars")()
+            found = made(exemplars, "exemplars")
         samples = torch.as_tensor(found).float()
         with torch.no_grad():
             embedded = samples if from_file and samples.ndim == 2 else self._embed(samples)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed
 from esscher.errors import UserError, nearest
 from esscher.experience import Dataset
 from esscher.files import read_npz, readable
@@ -272,7 +272,7 @@ def _read_npz(path: Path) -> Columns:
 
 
 def _from_function(source: str) -> _Found | Dataset:
-    found = users_own(source, "data")()
+    found = made(source, "data")
     if isinstance(found, Dataset):
         return found
     if not isinstance(found, Mapping):

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed
 from esscher.adapters.pretrained import check_is_there, without_progress_bars, written_whole
 from esscher.distributions.diffusion import DiffusionModel
 from esscher.errors import UserError, nearest, require
@@ -97,7 +97,7 @@ def load_diffusion(config: ModelConfig, device: torch.device) -> DiffusionModel:
     own = ":" in config.source and not Path(config.source).exists()
     if own:
         with torch.enable_grad():  # Such a function may train what it returns.
-            found = users_own(config.source, "model")(**config.kwargs)
+            found = made(config.source, "model", **config.kwargs)
     else:
         found = _pretrained(config.source)
     if type(found).__name__ in NETWORKS:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed
 from esscher.adapters.pretrained import check_is_there, without_progress_bars, written_whole
 from esscher.distributions.autoregressive import LanguageModel
 from esscher.errors import UserError
@@ -36,7 +36,8 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[LanguageModel
     assert config.source is not None
     if ":" in config.source and not Path(config.source).exists():
         with torch.enable_grad():  # Such a function may train what it returns.
-            model, tokenizer = users_own(config.source, "model")(**config.kwargs)
+            found = made(config.source, "model", **config.kwargs)
+        model, tokenizer = _pair(found, config.source, "--model")
     else:
         model, tokenizer = _pretrained(config.source)
     _check(model, tokenizer, config.source)
@@ -67,7 +68,8 @@ def frozen_model(source: str, device: torch.device, setting: str) -> tuple[Langu
     if ":" in source and not Path(source).exists():
         with torch.random.fork_rng(), torch.enable_grad():
             seed_phase(0, 0, Phase.INITIALISE)
-            model, tokenizer = users_own(source, setting)()
+            found = made(source, setting)
+        model, tokenizer = _pair(found, source, setting)
     elif (Path(source) / "adapter_config.json").exists():
         model, tokenizer = _merged(source, setting)
     else:
@@ -90,7 +92,7 @@ def load_encoder(source: str, device: torch.device, setting: str) -> tuple[nn.Mo
     """
     transformers: Any = needed("transformers", source, "language")
     if ":" in source and not Path(source).exists():
-        model, tokenizer = users_own(source, setting)()
+        model, tokenizer = _pair(made(source, setting), source, setting)
     else:
         with readable(f"{setting} {source} cannot be read", READ_FROM):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -163,6 +165,15 @@ def _pretrained(source: str, setting: str = "--model") -> tuple[Any, Any]:
     if hasattr(model, "peft_config"):
         raise UserError(f"{setting} {source} holds adapters: merge them first (esscher export RUN)")
     return model, tokenizer
+
+
+def _pair(found: Any, source: str, setting: str) -> tuple[Any, Any]:
+    """What a function of the user's must return."""
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], nn.Module)):
+        raise UserError(
+            f"{setting} {source} must return a model and its tokenizer, got a {type(found).__name__}"
+        )
+    return found
 
 
 def _all_there(missing: Iterable[str]) -> None:

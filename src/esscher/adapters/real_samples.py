@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed
 from esscher.adapters.text import read_rows
 from esscher.errors import UserError
 from esscher.files import read_npz, readable
@@ -53,7 +53,7 @@ def read_samples(
     elif files:
         found = _of_folder(path, files)
     elif ":" in source and not path.exists():
-        found = users_own(source, "data")()
+        found = made(source, "data")
     else:
         found = read_rows(source, split=split)
     if isinstance(found, Mapping):

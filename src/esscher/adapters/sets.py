@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed
 from esscher.adapters.real_samples import SUFFIXES, read_samples
 from esscher.adapters.text import read_rows
 from esscher.errors import UserError, nearest
@@ -183,7 +183,7 @@ def _read(source: str, config: SetConfig) -> Any:
     if path.is_dir() and (files := _images(path)):
         return _read_images(source, path, files)
     if ":" in source and not path.exists():
-        return users_own(source, "data")()
+        return made(source, "data")
     return read_rows(source, split=config.split)
 
 

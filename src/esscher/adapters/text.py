@@ -19,7 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed
 from esscher.errors import UserError, nearest
 from esscher.files import readable
 from esscher.types import Tokens
@@ -38,7 +38,7 @@ def read_rows(source: str, *, split: str = "train") -> list[Row]:
     if path.is_file():
         rows = _read_file(path)
     elif ":" in source and not path.exists():
-        rows = list(users_own(source, "data")())
+        rows = list(made(source, "data"))
     else:
         rows = _read_hugging_face(source, path, split)
     if not rows:
