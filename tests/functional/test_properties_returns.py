@@ -79,8 +79,8 @@ episodes = st.lists(step, min_size=1, max_size=7)
 
 
 def column(values: Any) -> torch.Tensor:
-    found = torch.tensor(list(values))
-    return (found if found.dtype == torch.bool else found.double()).unsqueeze(1)
+    kind = torch.bool if isinstance(values[0], bool) else torch.float64
+    return torch.tensor(values, dtype=kind).unsqueeze(1)
 
 
 def columns(rows: Any) -> Any:
@@ -159,13 +159,13 @@ def test_returns_without_rows_or_out_of_range() -> None:
     one, flag = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.bool)
     for wrong in (-0.1, 1.1, NAN, INF):
         for call in (
-            lambda: td_target(one, one, flag, wrong),
-            lambda: gae(one, one, one, flag, flag, wrong, 0.9),
-            lambda: gae(one, one, one, flag, flag, 0.9, wrong),
-            lambda: vtrace(one, one, one, one, flag, flag, 0.9, wrong),
+            lambda wrong: td_target(one, one, flag, wrong),
+            lambda wrong: gae(one, one, one, flag, flag, wrong, 0.9),
+            lambda wrong: gae(one, one, one, flag, flag, 0.9, wrong),
+            lambda wrong: vtrace(one, one, one, one, flag, flag, 0.9, wrong),
         ):
             with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
-                call()
+                call(wrong)
     with pytest.raises(ValueError, match="num_steps"):
         n_step_returns(one, one, flag, flag, 0.9, 0)
 
@@ -210,9 +210,7 @@ def test_whitened_values_are_whitened(rows: Any, epsilon: float, correction: int
 
 
 @given(
-    st.lists(
-        st.lists(st.tuples(moderate, st.booleans()), min_size=3, max_size=3), min_size=2, max_size=5
-    ),
+    st.lists(st.tuples(*[st.tuples(moderate, st.booleans())] * 3), min_size=2, max_size=5),
     st.sampled_from(
         ["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length"]
     ),
@@ -239,13 +237,13 @@ def test_parts_of_a_batch_add_up_to_the_whole(rows: Any, how: Any) -> None:
 
 def test_reductions_out_of_range() -> None:
     x, mask = torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)
-    for wrong in (0, -1.0, NAN):
+    for wrong in (0.0, -1.0, NAN):
         with pytest.raises(ValueError, match="positive"):
             masked_mean(x, mask, denominator=wrong)
         with pytest.raises(ValueError, match="positive"):
             aggregate(x, mask, "token_mean", wrong)
         with pytest.raises(ValueError, match="epsilon"):
-            masked_whiten(x, mask, epsilon=float(wrong))
+            masked_whiten(x, mask, epsilon=wrong)
     empty, none = torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.bool)
     assert aggregate(empty, none, "token_mean", aggregation_denominator(none, "token_mean")) == 0
 
@@ -368,14 +366,8 @@ def test_surrogates_of_anything(
         advantage < 0 and (ratio < 1 - low or ratio > (dual or INF))
     )
     near = any(abs(ratio - bound) < 1e-4 for bound in (1 - low, 1 + high, dual or INF))
-    share = clip_fraction(
-        torch.tensor([log_ratio]),
-        torch.tensor([advantage]),
-        torch.tensor([True]),
-        low,
-        high,
-        dual_clip=dual,
-    )
+    counted = torch.tensor([log_ratio]), torch.tensor([advantage]), torch.tensor([True])
+    share = clip_fraction(*counted, low, high, dual_clip=dual)
     assert near or share.item() == stopped
 
 
@@ -533,12 +525,8 @@ def test_values_by_a_loop(seed: int, discount: float, num_steps: int) -> None:
         for _ in range(2):
             shares = draw.dirichlet(np.ones(2))
             ahead = [None if draw.random() < 0.2 else int(draw.integers(3)) for _ in range(2)]
-            row.append(
-                tuple(
-                    Outcome(float(p), (float(draw.normal()),), n)
-                    for p, n in zip(shares, ahead, strict=True)
-                )
-            )
+            cases = zip(shares, draw.normal(size=2), ahead, strict=True)
+            row.append(tuple(Outcome(float(p), (float(r),), n) for p, r, n in cases))
         states.append(tuple(row))
     mdp = FiniteMDP(tuple(states))
     moves, reward = mdp.tensors()
@@ -633,9 +621,8 @@ def test_gradients_as_long_vectors(left: Any, right: Any) -> None:
     assert cosine(a, b).item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
     rest = orthogonal_part(a, b)
     expected_rest = flat - (flat @ other) / lengths[1] * other
-    np.testing.assert_allclose(
-        torch.cat(rest).numpy(), expected_rest, rtol=1e-6, atol=1e-6 * abs(flat).max()
-    )
+    close = 1e-6 * abs(flat).max()
+    np.testing.assert_allclose(torch.cat(rest).numpy(), expected_rest, rtol=1e-6, atol=close)
 
 
 @pytest.mark.parametrize("size", [1e-2, 1.0, 1e10, 1e15])
@@ -663,11 +650,9 @@ def test_conjugate_gradients_solve(seed: int, size: int) -> None:
     for one, solved, curvature in zip(step.numpy(), expected, matrix, strict=True):
         assert 0.5 * one @ curvature @ one == pytest.approx(0.3, rel=1e-6)
         assert one @ solved > 0
+    origin = torch.zeros(2, size, dtype=torch.float64)
     vector = fisher_vector_product(
-        lambda p: 0.5 * (p * product(p)).sum(-1),
-        torch.zeros(2, size).double(),
-        torch.from_numpy(target),
-        0.1,
+        lambda p: 0.5 * (p * product(p)).sum(-1), origin, torch.from_numpy(target), 0.1
     )
     direct = np.einsum("bij,bj->bi", matrix, target) + 0.1 * target
     np.testing.assert_allclose(vector.numpy(), direct, rtol=1e-6, atol=1e-9)
