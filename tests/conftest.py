@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import jaxtyping
 import pytest
 import torch
@@ -10,6 +11,13 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("support")
+
+# Always the same examples, and few; HYPOTHESIS_PROFILE=search for those who look for more.
+hypothesis.settings.register_profile(
+    "same", deadline=None, derandomize=True, database=None, max_examples=30
+)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=2_000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 CHECKED = ["functional", "nn", "samplers", "distributions", "critics", "experience", "types"]
 

@@ -1,8 +1,10 @@
 """What several test folders share: small runs, complete states, and how to compare them."""
 
 import json
+import random
 import signal
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,7 @@ from safetensors.torch import load as load_tensors
 
 import esscher
 from esscher.adapters.data import load_dataset
+from esscher.errors import UserError
 from esscher.registry import catalogue, load_method, recipes
 from esscher.runtime import checkpoint
 from esscher.runtime import run as runner
@@ -214,6 +217,42 @@ def advance(parts: Any, experiment: esscher.Experiment, updates: int) -> None:
     rest = parts.world.iterations(parts.method, parts.experience, parts.loop, 0)
     while parts.loop.num_updates < goal:
         next(rest)
+
+
+def damaged(payload: bytes, seed: int = 0) -> Iterator[tuple[str, bytes]]:
+    """Copies cut short, and with single bits flipped: at the start, in the middle, at the end, and at a
+    few random places; each with what was done to it.
+    """
+    size, draw = len(payload), random.Random(seed)
+    for kept in (0, 1, size // 4, size // 2, 3 * size // 4, size - 1):
+        yield f"cut to {kept}", payload[:kept]
+    places = (0, 1, 8, size // 2, size - 1, *(draw.randrange(size) for _ in range(6)))
+    for place in places:
+        for bit in (0, 6, 7):
+            flipped = bytearray(payload)
+            flipped[min(place, size - 1)] ^= 1 << bit
+            yield f"bit {bit} of byte {place} flipped", bytes(flipped)
+
+
+def read_damaged(path: Path, read: Callable[[], Any]) -> list[Any]:
+    """What reading says to each damaged copy of a file that loads: nothing but one sentence, or a
+    result; these are returned.
+    """
+    payload, results = path.read_bytes(), []
+    read()
+    for what, copy in damaged(payload):
+        path.write_bytes(copy)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Libraries remark on what they pass over.
+                results.append(read())
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 800, (path, what, str(error))
+        except Exception as error:
+            raise AssertionError(f"{path} {what}: {error!r}") from error
+    path.write_bytes(payload)
+    read()
+    return results
 
 
 # For processes of their own (multiprocessing "forkserver", preloaded with this module).

@@ -1195,7 +1195,9 @@ def _proof_status(slug: str) -> str:
     path = proofs_folder() / f"{slug}.json"
     if not path.exists():
         return "not tried"
-    return str(json.loads(path.read_text(encoding="utf-8"))["verdict"])
+    from esscher.files import read_record
+
+    return str(read_record(path)["verdict"])
 
 
 def _relevance(entry: Any, words: Sequence[str]) -> int:

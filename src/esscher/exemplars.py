@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from esscher.adapters.imports import users_own
+from esscher.adapters.imports import made
 from esscher.distributions.gaussian_mixture import GaussianMixture
 from esscher.functional.sets import moments
 
@@ -41,7 +41,7 @@ class Mahalanobis:
     """
 
     def __init__(self, exemplars: str):
-        mean, covariance = moments(users_own(exemplars, "exemplars")().flatten(1))
+        mean, covariance = moments(made(exemplars, "exemplars").flatten(1))
         self._mean, self._inverse = mean.float(), torch.linalg.inv(covariance).float()
 
     def __call__(

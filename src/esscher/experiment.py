@@ -5,6 +5,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -305,7 +306,7 @@ class Experiment:
     def __post_init__(self) -> None:
         require("seed", self.seed, 0 <= self.seed < 2**63, "in [0, 2**63)")
         require("stages", self.stages, len(self.stages) >= 1, "at least one stage")
-        kinds = {**typing.get_type_hints(type(self)), "method": type(self.method)}
+        kinds = {**_hints(type(self)), "method": type(self.method)}
         for name, value in vars(self).items():
             _decode(kinds[name], _encode(value), name)
 
@@ -589,12 +590,17 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
 def _decode_dataclass(kind: Any, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
         raise UserError(f"{path} must be a table of settings, got {value!r}")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     known = {f.name for f in dataclasses.fields(kind) if f.init}
     for key in value:
         if key not in known:
             raise UserError(f"{path} has no setting {key!r}: {nearest(key, known)}")
     return kind(**{k: _decode(hints[k], v, f"{path}.{k}") for k, v in value.items()})
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _name(kind: Any) -> str:

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed, users_own
 from esscher.errors import UserError, require
+from esscher.files import readable
 from esscher.functional.sets import frechet_distance, moments, vendi_score
 
 Rows = Sequence[Mapping[str, Any]]
@@ -99,12 +100,10 @@ class Frechet:
     def __init__(self, exemplars: str, embed: str = ""):
         self._embed = _made(embed, "embed") if embed else _components
         from_file = exemplars.endswith(".npy")
-        try:
+        with readable(f"exemplars {exemplars} cannot be read"):
             found = np.load(exemplars, allow_pickle=False) if from_file else None
-        except (OSError, ValueError) as error:
-            raise UserError(f"exemplars {exemplars} cannot be read: {error}") from error
         if found is None:
-            found = users_own(exemplars, "exemplars")()
+            found = made(exemplars, "exemplars")
         samples = torch.as_tensor(found).float()
         with torch.no_grad():
             embedded = samples if from_file and samples.ndim == 2 else self._embed(samples)

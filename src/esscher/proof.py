@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from esscher.experiment import Experiment
+from esscher.files import readable
 
 Figures = Mapping[str, Mapping[str, Sequence[float]]]
 """Arm -> name of the figure -> one value a seed."""
@@ -67,8 +68,10 @@ class FinishedRun:
 
     def rows(self, phase: str) -> list[dict[str, Any]]:
         """Metrics rows of a phase, "train" or "evaluate"."""
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [row for row in map(json.loads, lines) if row["phase"] == phase]
+        path = self.folder / "metrics.jsonl"
+        with readable(f"{path} is damaged", f": remove {self.folder}, to run it again"):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [row for row in map(json.loads, lines) if row["phase"] == phase]
 
 
 def returns_of(run: FinishedRun) -> dict[str, float]:

@@ -210,3 +210,9 @@ def test_tasks_of_reasoning_gym_bring_their_verifier(opened: Any) -> None:
         made_prompts("reasoning_gym:chain_sums", 5, seed=3)
     with pytest.raises(UserError, match="--task must be reasoning_gym:NAME, got 'chain_sum'"):
         made_prompts("chain_sum", 5, seed=3)
+
+
+def test_waiting_for_ever_is_not_too_long(opened: Any) -> None:
+    """Of 1e30 seconds some systems say that they cannot."""
+    scored = opened("test_rewards:length", seconds=1e30)(*written(["ab"], [0]))
+    assert scored.reward.tolist() == [2]

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from esscher.adapters.diffusers import noise_table
-from esscher.adapters.imports import users_own
+from esscher.adapters.imports import made
 from esscher.distributions.chunks import ChunkModel, ChunkPolicy
 from esscher.distributions.goals import GoalColumns, Observed
 from esscher.errors import UserError
@@ -34,7 +34,7 @@ def load_chunk_model(source: str, spec: Spec) -> ChunkModel:
             )
         model = policy.model
     elif ":" in source:
-        model = users_own(source, "policy")(spec)
+        model = made(source, "policy", spec)
         if not isinstance(model, ChunkModel):
             raise UserError(
                 f"policy {source!r} returned a {type(model).__name__}: return a ChunkModel "

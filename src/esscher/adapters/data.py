@@ -13,7 +13,6 @@ message names the row.
 
 import json
 import warnings
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +22,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed
 from esscher.errors import UserError, nearest
 from esscher.experience import Dataset
+from esscher.files import read_npz, readable
 from esscher.types import Spec, Transitions
 
 Columns = Mapping[str, Any]
@@ -146,10 +146,8 @@ def open_minari(name: str, *, download: bool = True) -> Any:
         if not download:
             raise UserError(f"no Minari set {name!r} on this machine: {_nearest_set(name)}")
         _download(name)
-    try:
+    with readable(f"minari set {name!r} in {path} cannot be read"):
         return minari.load_dataset(name)
-    except (ImportError, OSError, ValueError, KeyError, AssertionError) as error:
-        raise UserError(f"minari set {name!r} in {path} cannot be read: {error}") from error
 
 
 # ---- sources
@@ -193,17 +191,18 @@ def _from_minari(source: str) -> _Found:
     low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
 
     def pieces() -> Iterator[tuple[str, Columns]]:
-        for episode in dataset.iterate_episodes():
-            yield (
-                f"{source}, episode {episode.id}",
-                {
-                    "observations": _flat(space, order, episode.observations),
-                    "actions": episode.actions,
-                    "rewards": episode.rewards,
-                    "terminations": episode.terminations,
-                    "truncations": episode.truncations,
-                },
-            )
+        with readable(f"{source} cannot be read"):
+            for episode in dataset.iterate_episodes():
+                yield (
+                    f"{source}, episode {episode.id}",
+                    {
+                        "observations": _flat(space, order, episode.observations),
+                        "actions": episode.actions,
+                        "rewards": episode.rewards,
+                        "terminations": episode.terminations,
+                        "truncations": episode.truncations,
+                    },
+                )
 
     reference = None if low is None or high is None else (float(low), float(high))
     return _Found(pieces(), reference, metadata)
@@ -234,19 +233,17 @@ def _flat(space: Any, order: Any, values: Any) -> NDArray[Any]:
 def _download(name: str) -> None:
     import minari
 
-    try:
-        minari.download_dataset(name)
-    except ImportError:
-        raise UserError(
-            f"no Minari set {name!r} on this machine ({_nearest_set(name)}), and downloading it "
-            'needs: pip install "minari[hf]"'
-        ) from None
-    except Exception as error:  # Every storage behind Minari has its own ways of failing.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"no Minari set {name!r} on this machine ({_nearest_set(name)}), and it cannot be "
-            f"downloaded: {reason.rstrip('.')}. Copy it into {minari_path(name)}, or go online"
-        ) from error
+    missing = f"no Minari set {name!r} on this machine ({_nearest_set(name)})"
+    with readable(
+        f"{missing}, and it cannot be downloaded",
+        f". Copy it into {minari_path(name)}, or go online",
+    ):
+        try:
+            minari.download_dataset(name)
+        except ImportError:
+            raise UserError(
+                f'{missing}, and downloading it needs: pip install "minari[hf]"'
+            ) from None
 
 
 def _nearest_set(name: str) -> str:
@@ -262,32 +259,20 @@ def _read_hdf5(path: Path) -> Columns:
     h5py = needed("h5py", str(path))
     if not path.exists():
         raise UserError(f"no data file {str(path)!r} here")
-    try:
-        with h5py.File(path, "r") as file:
-            # What no method reads (infos, metadata) may be larger than all the rest.
-            arrays = {k for k in COLUMNS if k in file and isinstance(file[k], h5py.Dataset)}
-            return {key: file[key][()] if key in arrays else None for key in file}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as HDF5: {error}") from error
+    with readable(f"{path} cannot be read as HDF5"), h5py.File(path, "r") as file:
+        # What no method reads (infos, metadata) may be larger than all the rest.
+        arrays = {k for k in COLUMNS if k in file and isinstance(file[k], h5py.Dataset)}
+        return {key: file[key][()] if key in arrays else None for key in file}
 
 
 def _read_npz(path: Path) -> Columns:
     if not path.exists():
         raise UserError(f"no data file {str(path)!r} here")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] if key in COLUMNS else None for key in file}
-    except ValueError as error:
-        raise UserError(
-            f"{path} holds pickled objects, which could run code when loaded: save plain arrays of "
-            "numbers"
-        ) from error
-    except (OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as .npz: {error}") from error
+    return read_npz(path, COLUMNS)
 
 
 def _from_function(source: str) -> _Found | Dataset:
-    found = users_own(source, "data")()
+    found = made(source, "data")
     if isinstance(found, Dataset):
         return found
     if not isinstance(found, Mapping):

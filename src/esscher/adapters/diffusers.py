@@ -22,11 +22,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed
 from esscher.adapters.pretrained import check_is_there, without_progress_bars, written_whole
 from esscher.distributions.diffusion import DiffusionModel
 from esscher.errors import UserError, nearest, require
 from esscher.experiment import ModelConfig
+from esscher.files import readable
 from esscher.functional.diffusion import (
     BetaSchedule,
     Prediction,
@@ -96,7 +97,7 @@ def load_diffusion(config: ModelConfig, device: torch.device) -> DiffusionModel:
     own = ":" in config.source and not Path(config.source).exists()
     if own:
         with torch.enable_grad():  # Such a function may train what it returns.
-            found = users_own(config.source, "model")(**config.kwargs)
+            found = made(config.source, "model", **config.kwargs)
     else:
         found = _pretrained(config.source)
     if type(found).__name__ in NETWORKS:
@@ -582,23 +583,28 @@ def _pretrained(source: str) -> Any:
             f"--model {source} holds adapters alone: load them into their pipeline, call "
             "pipeline.fuse_lora() and save it whole"
         )
-    try:
-        with without_progress_bars("diffusers"):
-            index = diffusers.DiffusionPipeline.load_config(source)
-            name = index.get("_class_name")
-            if isinstance(name, str) and name in NETWORKS:  # A list names code that comes with it.
-                none: Any = {"vae": None} if index.get("vae") == [None, None] else {}
-                if name == "StableDiffusionPipeline":
-                    none |= {"safety_checker": None, "feature_extractor": None}
-                    none["requires_safety_checker"] = False
-                return diffusers.DiffusionPipeline.from_pretrained(
-                    source, use_safetensors=True, **none
-                )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"--model {source} cannot be read: {str(error).strip().splitlines()[0]} (a folder with "
-            "model_index.json and *.safetensors, a Hugging Face name, or module:function)"
-        ) from error
+    with (
+        readable(
+            f"--model {source} cannot be read",
+            " (a folder with model_index.json and *.safetensors, a Hugging Face name, or "
+            "module:function)",
+        ),
+        without_progress_bars("diffusers"),
+    ):
+        index = diffusers.DiffusionPipeline.load_config(source)
+        name = index.get("_class_name")
+        if isinstance(name, str) and name in NETWORKS:  # A list names code that comes with it.
+            none: Any = {"vae": None} if index.get("vae") == [None, None] else {}
+            if name == "StableDiffusionPipeline":
+                none |= {"safety_checker": None, "feature_extractor": None}
+                none["requires_safety_checker"] = False
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                source, use_safetensors=True, **none
+            )
+            for part, weights in getattr(pipeline, NETWORKS[name]).named_parameters():
+                if weights.is_meta:  # The library leaves them without values.
+                    raise ValueError(f"its files lack the weights {part}")
+            return pipeline
     raise UserError(f"--model {source} is a {name}, and only these are read: {', '.join(NETWORKS)}")
 
 

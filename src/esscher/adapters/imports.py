@@ -1,6 +1,7 @@
 """Modules that may not be there: users' own, and optional libraries."""
 
 import importlib
+import inspect
 import os
 import sys
 from types import ModuleType
@@ -25,6 +26,22 @@ def users_own(source: str, what: str) -> Any:
             f"{what} {source!r} cannot be imported: {error}. Write module:function, with the module "
             "importable from the working folder"
         ) from error
+
+
+def made(source: str, what: str, *given: Any, **settings: Any) -> Any:
+    """What a function that a user names returns for these arguments; its own errors are its own.
+
+    Raises:
+        UserError: it cannot be imported or called, or takes other arguments.
+    """
+    function = users_own(source, what)
+    try:
+        inspect.signature(function).bind(*given, **settings)
+    except TypeError as error:
+        raise UserError(f"{what} {source!r} cannot be called so: {error}") from error
+    except ValueError:  # Compiled functions may not tell what they take.
+        pass
+    return function(*given, **settings)
 
 
 def needed(module: str, what: str, extra: str = "control") -> ModuleType:

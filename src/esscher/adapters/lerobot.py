@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from esscher.adapters.data import check_finite, in_unit_box
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed
 from esscher.errors import UserError, nearest
 from esscher.experience.scenes import SceneData
 from esscher.types import RobotSpec
@@ -385,7 +385,7 @@ def read_scenes(source: str, *, cameras: Sequence[str] = ()) -> SceneData:
             f"no demonstrations {source!r} here: give a folder in the layout of LeRobot (with "
             "meta/info.json), or module:function"
         )
-    found = users_own(source, "data")()
+    found = made(source, "data")
     if not isinstance(found, SceneData):
         raise UserError(
             f"{source} returned a {type(found).__name__}: return an "

@@ -4,19 +4,27 @@ functions of their own; adapters of peft on top.
 Weights are read from safetensors only, and no code that comes with a model is run.
 """
 
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed
 from esscher.adapters.pretrained import check_is_there, without_progress_bars, written_whole
 from esscher.distributions.autoregressive import LanguageModel
 from esscher.distributions.vision_language import VisionLanguage
 from esscher.errors import UserError
 from esscher.experiment import ModelConfig
+from esscher.files import readable
 from esscher.runtime.rng import Phase, seed_phase
+
+READ_FROM = (
+    " (a folder with config.json, tokenizer and *.safetensors, a Hugging Face name, or "
+    "module:function)"
+)
 
 
 def load_model(config: ModelConfig, device: torch.device) -> tuple[LanguageModel, Any]:
@@ -29,7 +37,8 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[LanguageModel
     assert config.source is not None
     if ":" in config.source and not Path(config.source).exists():
         with torch.enable_grad():  # Such a function may train what it returns.
-            model, tokenizer = users_own(config.source, "model")(**config.kwargs)
+            found = made(config.source, "model", **config.kwargs)
+        model, tokenizer = _pair(found, config.source, "--model")
     else:
         model, tokenizer = pretrained(config.source)
     _check(model, tokenizer, config.source)
@@ -65,7 +74,8 @@ def frozen_model(source: str, device: torch.device, setting: str) -> tuple[Langu
     if ":" in source and not Path(source).exists():
         with torch.random.fork_rng(), torch.enable_grad():
             seed_phase(0, 0, Phase.INITIALISE)
-            model, tokenizer = users_own(source, setting)()
+            found = made(source, setting)
+        model, tokenizer = _pair(found, source, setting)
     elif (Path(source) / "adapter_config.json").exists():
         model, tokenizer = _merged(source, setting)
     else:
@@ -88,20 +98,16 @@ def load_encoder(source: str, device: torch.device, setting: str) -> tuple[nn.Mo
     """
     transformers: Any = needed("transformers", source, "language")
     if ":" in source and not Path(source).exists():
-        model, tokenizer = users_own(source, setting)()
+        model, tokenizer = _pair(made(source, setting), source, setting)
     else:
-        try:
+        with readable(f"{setting} {source} cannot be read", READ_FROM):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
             with without_progress_bars("transformers"):
-                model = transformers.AutoModel.from_pretrained(
-                    source, dtype="float32", use_safetensors=True
+                model, found = transformers.AutoModel.from_pretrained(
+                    source, dtype="float32", use_safetensors=True, output_loading_info=True
                 )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UserError(
-                f"{setting} {source} cannot be read: {str(error).strip().splitlines()[0]} (a folder "
-                "with config.json, tokenizer and *.safetensors, a Hugging Face name, or "
-                "module:function)"
-            ) from error
+            # Models of masked tokens come without their pooler, which is then learned from nothing.
+            _all_there(name for name in found["missing_keys"] if not name.startswith("pooler"))
     return model.to(torch.float32).requires_grad_(True).to(device), tokenizer
 
 
@@ -139,15 +145,14 @@ def _merged(source: str, setting: str) -> tuple[Any, Any]:
     """A folder of adapters, written into the weights that they change."""
     transformers: Any = needed("transformers", source, "language")
     peft: Any = needed("peft", source, "language")
-    try:
+    with (
+        readable(f"{setting} {source} holds adapters, and they or their model cannot be read"),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("error", "Found missing adapter keys")  # They would be 0.
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         with without_progress_bars("transformers"):
             model = peft.AutoPeftModelForCausalLM.from_pretrained(source, dtype="auto")
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"{setting} {source} holds adapters, and the model that they change cannot be read: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
     return model.merge_and_unload(), tokenizer
 
 
@@ -171,20 +176,33 @@ def pretrained(
     """
     transformers: Any = needed("transformers", source, "language")
     check_is_there(source, setting)
-    try:
-        with without_progress_bars("transformers"):
-            tokenizer = getattr(transformers, reader).from_pretrained(source)
-            model = getattr(transformers, model_class).from_pretrained(
-                source, dtype="auto", use_safetensors=True
-            )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"{setting} {source} cannot be read: {str(error).strip().splitlines()[0]} (a folder with "
-            "config.json, tokenizer and *.safetensors, a Hugging Face name, or module:function)"
-        ) from error
+    with (
+        readable(f"{setting} {source} cannot be read", READ_FROM),
+        without_progress_bars("transformers"),
+    ):
+        tokenizer = getattr(transformers, reader).from_pretrained(source)
+        model, found = getattr(transformers, model_class).from_pretrained(
+            source, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+        _all_there(found["missing_keys"])
     if hasattr(model, "peft_config"):
         raise UserError(f"{setting} {source} holds adapters: merge them first (esscher export RUN)")
     return model, tokenizer
+
+
+def _pair(found: Any, source: str, setting: str) -> tuple[Any, Any]:
+    """What a function of the user's must return."""
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], nn.Module)):
+        raise UserError(
+            f"{setting} {source} must return a model and its tokenizer, got a {type(found).__name__}"
+        )
+    return found
+
+
+def _all_there(missing: Iterable[str]) -> None:
+    """Raise where the library would draw weights at random."""
+    for name in sorted(missing):
+        raise ValueError(f"its files lack the weights {name}")
 
 
 def check_vocabulary(model: Any, tokenizer: Any, source: str, setting: str = "--model") -> None:

@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed
 from esscher.adapters.text import read_rows
 from esscher.errors import UserError
+from esscher.files import read_npz, readable
 
 Row = Mapping[str, Any]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -48,12 +49,11 @@ def read_samples(
     )
     found: Any
     if path.suffix == ".npz" and path.is_file():
-        with np.load(path, allow_pickle=False) as arrays:
-            found = dict(arrays)
+        found = read_npz(path)
     elif files:
         found = _of_folder(path, files)
     elif ":" in source and not path.exists():
-        found = users_own(source, "data")()
+        found = made(source, "data")
     else:
         found = read_rows(source, split=split)
     if isinstance(found, Mapping):
@@ -138,12 +138,10 @@ def _image(value: Any, shape: Sequence[int], place: str) -> Float[Tensor, "c h w
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise UserError(f"{place}: images, and this model draws samples of shape {tuple(shape)}")
     channels, height, width = shape
-    try:
+    with readable(f"{place}: no image that can be read"):
         file: Any = io.BytesIO(value) if isinstance(value, bytes) else value
         picture = file if hasattr(file, "convert") else images.open(file)
         picture = picture.convert("L" if channels == 1 else "RGB")
-    except (OSError, AttributeError, ValueError) as error:
-        raise UserError(f"{place}: no image that can be read: {error}") from error
     scale = max(height / picture.height, width / picture.width)
     size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
     if size != picture.size:

@@ -147,7 +147,11 @@ class _Worker:
         until = time.monotonic() + seconds
         # Lines that came together are kept here: the selector knows only of what is in the pipe.
         while b"\n" not in self._unread:
-            if not self._selector.select(max(0.0, until - time.monotonic())):
+            # More than a day at once is more than some systems can wait for.
+            left = min(until - time.monotonic(), 86_400.0)
+            if not self._selector.select(max(0.0, left)):
+                if time.monotonic() < until:
+                    continue
                 return None
             piece = os.read(self._process.stdout.fileno(), 1 << 16)
             if not piece:

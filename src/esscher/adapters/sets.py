@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed
 from esscher.adapters.real_samples import SUFFIXES, read_samples
 from esscher.adapters.text import read_rows
 from esscher.errors import UserError, nearest
 from esscher.experience.sets import Groups, Kernels, Mixtures, Populations, SetData
 from esscher.experiment import SetConfig
+from esscher.files import read_npz, readable
 from esscher.runtime.rng import Phase, numpy_generator
 from esscher.types import SetSpec
 
@@ -171,18 +172,18 @@ def checked_sets(sets: Any, names: Sequence[str] | None = None, *, place: str) -
 def _read(source: str, config: SetConfig) -> Any:
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+        return read_npz(path)
     if path.is_file() and path.suffix == ".csv":
         return _read_csv(path)
     if path.is_file() and path.suffix == ".parquet":
         parquet: Any = needed("pyarrow.parquet", source, "applied")
-        table = parquet.read_table(path)
-        return {name: _of_arrow(table[name]) for name in table.column_names}
+        with readable(f"{path} cannot be read as Parquet"):
+            table = parquet.read_table(path, page_checksum_verification=True)
+            return {name: _of_arrow(table[name]) for name in table.column_names}
     if path.is_dir() and (files := _images(path)):
         return _read_images(source, path, files)
     if ":" in source and not path.exists():
-        return users_own(source, "data")()
+        return made(source, "data")
     return read_rows(source, split=config.split)
 
 
@@ -192,7 +193,7 @@ def _of_arrow(column: Any) -> Any:
 
 
 def _read_csv(path: Path) -> dict[str, list[Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with readable(f"{path} cannot be read"), path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
     if len(rows) < 2:
         raise UserError(f"{path} holds no rows below its heading")
@@ -221,7 +222,7 @@ def _images(path: Path) -> list[Path]:
 def _read_images(source: str, path: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Files of a folder, as large as the first of them."""
     images: Any = needed("PIL.Image", source, "applied")
-    with images.open(files[0]) as first:
+    with readable(f"{files[0]} cannot be read"), images.open(files[0]) as first:
         channels = 1 if first.mode in ("1", "L", "I", "I;16") else 3
         shape = (channels, first.height, first.width)
     x, _ = read_samples(source, shape, columns={})

@@ -19,8 +19,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-from esscher.adapters.imports import needed, users_own
+from esscher.adapters.imports import made, needed
 from esscher.errors import UserError, nearest
+from esscher.files import readable
 from esscher.types import Tokens
 
 Row = Mapping[str, Any]
@@ -37,7 +38,7 @@ def read_rows(source: str, *, split: str = "train") -> list[Row]:
     if path.is_file():
         rows = _read_file(path)
     elif ":" in source and not path.exists():
-        rows = list(users_own(source, "data")())
+        rows = list(made(source, "data"))
     else:
         rows = _read_hugging_face(source, path, split)
     if not rows:
@@ -247,35 +248,33 @@ def _chat(tokenizer: Any, prompt: list[Any], completion: Any, place: str) -> tup
 def _read_file(path: Path) -> list[Any]:
     if path.suffix == ".parquet":
         parquet: Any = needed("pyarrow.parquet", str(path), "language")
-        return parquet.read_table(path).to_pylist()
+        with readable(f"{path} cannot be read as Parquet"):
+            return parquet.read_table(path, page_checksum_verification=True).to_pylist()
     if path.suffix not in (".jsonl", ".json", ".txt"):
         raise UserError(f"{path} must be .jsonl, .json, .parquet or .txt")
-    text = path.read_text(encoding="utf-8")
+    with readable(f"{path} cannot be read as text"):
+        text = path.read_text(encoding="utf-8")
     if path.suffix == ".txt":
         return [{"text": part.strip()} for part in text.split("\n\n") if part.strip()]
     if path.suffix == ".json":
         try:
             whole = json.loads(text)
             return whole if isinstance(whole, list) else [whole]
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             pass  # Many files of one object a line are named so.
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
-            try:
+            with readable(f"{path}, line {number}: not valid JSON"):
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
     return rows
 
 
 def _read_hugging_face(source: str, path: Path, split: str) -> list[Any]:
     datasets: Any = needed("datasets", source, "language")
-    try:
+    with readable(f"{source} is no data set that can be read"):
         if path.is_dir() and (path / "dataset_info.json").exists():
             return list(datasets.load_from_disk(str(path)))
         if path.is_dir() and (path / "dataset_dict.json").exists():
             return list(datasets.load_from_disk(str(path))[split])
         return list(datasets.load_dataset(source, split=split))
-    except (FileNotFoundError, ConnectionError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{source} is no data set that can be read: {error}") from error

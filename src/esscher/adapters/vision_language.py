@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from esscher.adapters.imports import users_own
+from esscher.adapters.imports import made
 from esscher.adapters.models import check_vocabulary, pretrained, save_model, to_be_trained
 from esscher.distributions.vision_language import VisionLanguage
 from esscher.errors import UserError
@@ -31,7 +31,7 @@ def load_vision_language(config: ModelConfig, device: torch.device) -> tuple[Vis
     assert config.source is not None
     if ":" in config.source and not Path(config.source).exists():
         with torch.enable_grad():  # Such a function may train what it returns.
-            model, processor = users_own(config.source, "model")(**config.kwargs)
+            model, processor = made(config.source, "model", **config.kwargs)
     else:
         model, processor = pretrained(
             config.source, model_class="AutoModelForImageTextToText", reader="AutoProcessor"

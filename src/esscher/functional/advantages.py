@@ -78,7 +78,7 @@ def group_advantages(
             scale = torch.ones_like(reward) * running_std
         else:
             _, squares, count = _deviations(reward, _slot(group, std), valid)
-            scale = (squares / (count - correction).clamp(min=1)).sqrt()
+            scale = (squares / (count - correction).clamp(min=1)).sqrt().to(reward.dtype)
         advantage = advantage / (scale.masked_fill(scale == 0, INFINITY) + epsilon)
     return advantage.masked_fill(~valid, 0.0)
 
@@ -171,4 +171,4 @@ def _deviations(reward: Tensor, slot: Tensor, valid: Tensor) -> tuple[Tensor, Te
     # Shifting by a member first makes equal rewards exactly 0; else rounding noise is whitened.
     shifted = (reward - _largest(reward, slot, valid)).masked_fill(~valid, 0.0)
     centred = (shifted - total(shifted) / count.clamp(min=1)).masked_fill(~valid, 0.0)
-    return centred, total(centred.square()), count
+    return centred, total(centred.double().square()), count  # Of 1e20 infinite in float32.

@@ -14,11 +14,13 @@ def bin_of(
     goes to the first or the last.
 
     Source: Discrete Diffusion VLA (arXiv 2508.20072), tokenisation, with quantiles of 1 and 99 %.
-    Raises: ValueError unless bins >= 2 and low < high in every dimension.
+    Raises: ValueError unless bins >= 2 and low < high in every dimension, or for a NaN.
     """
     _check(low, high, bins)
-    share = (values - low) / (high - low)
-    return (share * bins).floor().long().clamp(0, bins - 1)
+    place = ((values - low) / (high - low) * bins).floor()
+    if bool(place.isnan().any()):
+        raise ValueError("a value that is not a number lies in no bin")
+    return place.clamp(0, bins - 1).long()  # In this order: no whole number is as large as 1e30.
 
 
 def centre_of(
@@ -36,7 +38,7 @@ def _check(low: Tensor, high: Tensor, bins: int) -> None:
     if bins < 2:
         raise ValueError(f"bins must be >= 2, got {bins}")
     if not bool((low < high).all()):
-        place = int((low >= high).nonzero()[0])
+        place = int((~(low < high)).nonzero()[0])
         raise ValueError(
             f"dimension {place} has no range: low {float(low[place]):g}, high {float(high[place]):g}"
         )

@@ -92,10 +92,12 @@ def karras_sigmas(count: int, low: float, high: float, rho: float = 7.0) -> Floa
     """Noise levels from `high` to `low`, equally far apart as sigma^(1/rho).
 
     Source: Karras et al. 2022 (EDM, arXiv 2206.00364), eq. 5.
-    Raises: ValueError unless count >= 2 and 0 < low < high.
+    Raises: ValueError unless count >= 2, 0 < low < high and rho > 0.
     """
-    if count < 2 or not 0 < low < high:
-        raise ValueError(f"need count >= 2 and 0 < low < high, got {count}, {low}, {high}")
+    if count < 2 or not 0 < low < high or not rho > 0:
+        raise ValueError(
+            f"need count >= 2, 0 < low < high and rho > 0, got {count}, {low}, {high}, {rho}"
+        )
     ends = high ** (1 / rho), low ** (1 / rho)
     return torch.linspace(*ends, count, dtype=torch.float64) ** rho
 
@@ -140,7 +142,8 @@ def truncated_log_logistic(
     """
     if not (scale > 0 and 0 < low < high):
         raise ValueError(f"need scale > 0 and 0 < low < high, got {scale}, {low}, {high}")
-    ends = [1 / (1 + math.exp(-(math.log(level) - loc) / scale)) for level in (low, high)]
+    logs = torch.tensor([math.log(low), math.log(high)], dtype=torch.float64)
+    ends = ((logs - loc) / scale).sigmoid().tolist()
     share = ends[0] + (ends[1] - ends[0]) * uniform.double()
     return (loc + scale * (share / (1 - share)).log()).exp().clamp(low, high).to(uniform.dtype)
 
@@ -166,8 +169,9 @@ def denoised_of(
     if prediction == "sample":
         return output
     if prediction == "v_prediction":
-        power = 1 + level.square()
-        return x / power - level * power.rsqrt() * output
+        # Not from squares, which are infinite from 2e19 on; levels without signal come near it.
+        root = torch.hypot(level, torch.ones_like(level))
+        return x / root / root - level / root * output
     if prediction == "flow_prediction":
         return (x - level * output) / (1 + level)
     raise ValueError(f"prediction {prediction!r} is not one of {Prediction.__args__}")
@@ -175,7 +179,9 @@ def denoised_of(
 
 def input_scale(prediction: Prediction, sigma: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     """What x is multiplied by to become the input of a network of this kind: see the module."""
-    return 1 / (1 + sigma) if prediction == "flow_prediction" else (1 + sigma.square()).rsqrt()
+    if prediction == "flow_prediction":
+        return 1 / (1 + sigma)
+    return 1 / torch.hypot(sigma, torch.ones_like(sigma))
 
 
 def eps_of(
@@ -205,13 +211,8 @@ def edm_scalings(
 
     Source: Karras et al. 2022, table 1.
     """
-    total = sigma.square() + sigma_data**2
-    return (
-        sigma_data**2 / total,
-        sigma * sigma_data * total.rsqrt(),
-        total.rsqrt(),
-        sigma.log() / 4,
-    )
+    root = torch.hypot(sigma, torch.full_like(sigma, sigma_data))
+    return (sigma_data / root).square(), sigma / root * sigma_data, 1 / root, sigma.log() / 4
 
 
 def denoising_terms(

@@ -44,7 +44,7 @@ def bin_of(value: Float[Tensor, "b"], low: float, high: float, num_bins: int) ->
     if not (num_bins >= 1 and low < high):
         raise ValueError(f"need num_bins >= 1 and low < high, got {num_bins}, {low}, {high}")
     place = (value - low) / (high - low) * num_bins
-    return place.floor().long().clamp(0, num_bins - 1)
+    return place.floor().clamp(0, num_bins - 1).long()  # No whole number is as large as 1e30.
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def reverse_kl() -> FDivergence:
         d2f=lambda log_u: torch.exp(-2 * log_u),
         curvature=torch.ones_like,
         conj=lambda y: -1 - torch.log(-y),
-        dconj=lambda y: -1 / y,
+        dconj=lambda y: torch.exp(-torch.log(-y)),  # NaN for y > 0, where -1 / y is a number.
         domain=(-INFINITY, 0.0),
         swap=kl,
     )
@@ -130,7 +130,7 @@ def js() -> FDivergence:
         d2f=lambda log_u: torch.exp(logsigmoid(-log_u) - log_u),
         curvature=torch.sigmoid,
         conj=lambda y: -torch.log1p(-torch.expm1(y)),
-        dconj=lambda y: torch.exp(y) / (1 - torch.expm1(y)),
+        dconj=lambda y: torch.exp(y - torch.log1p(-torch.expm1(y))),
         domain=(-INFINITY, LOG_2),
         swap=js,
     )
@@ -174,8 +174,9 @@ def squared_hellinger() -> FDivergence:
         df=lambda log_u: -torch.expm1(-log_u / 2),
         d2f=lambda log_u: 0.5 * torch.exp(-1.5 * log_u),
         curvature=lambda log_u: 0.5 * torch.exp(0.5 * log_u),
-        conj=lambda y: y / (1 - y),
-        dconj=lambda y: (1 - y) ** -2,
+        # 1 / (1 - y) as exp(-log(1 - y)), which is no number for y > 1.
+        conj=lambda y: torch.expm1(-torch.log1p(-y)),
+        dconj=lambda y: torch.exp(-2 * torch.log1p(-y)),
         domain=(-INFINITY, 1.0),
         swap=squared_hellinger,
     )
@@ -190,7 +191,7 @@ def total_variation() -> FDivergence:
     return FDivergence(
         name="total_variation",
         f=lambda log_u: 0.5 * torch.expm1(log_u).abs(),
-        df=lambda log_u: 0.5 * torch.sign(log_u),
+        df=lambda log_u: (0.5 * torch.sign(log_u)).masked_fill(log_u.isnan(), float("nan")),
         d2f=torch.zeros_like,
         curvature=torch.zeros_like,
         conj=lambda y: y.masked_fill(y > 0.5, INFINITY),

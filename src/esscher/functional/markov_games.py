@@ -4,6 +4,7 @@ Axes: g agents, s states, a own actions, k joint actions (all agents' choices as
 agent's changing fastest: k = A^g), t next states. Every agent has the same number A of actions.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -93,6 +94,10 @@ def soft_equilibrium(
             joint = reward + discount * expected_next(soft_value(q, inverse_temperature))
             backup = torch.stack([average_over_others(joint[i], logp, i) for i in range(agents)])
             residual = float((backup - q).abs().max())
+            if math.isnan(residual):
+                raise ValueError(
+                    "rewards or expected values are not numbers, so there is no equilibrium"
+                )
             if residual <= tolerance:
                 value = soft_value(q, inverse_temperature)
                 return Equilibrium(q, value, logp, residual)

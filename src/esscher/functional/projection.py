@@ -36,8 +36,9 @@ def cosine(
     Gradient: to both.
     Raises: ValueError as `inner` does.
     """
-    square = inner(left, left).clamp(min=epsilon) * inner(right, right).clamp(min=epsilon)
-    return inner(left, right) * square.rsqrt()
+    # One root each: the product of both squares may leave the range of floats.
+    lengths = [inner(side, side).clamp(min=epsilon).rsqrt() for side in (left, right)]
+    return inner(left, right) * lengths[0] * lengths[1]
 
 
 def orthogonal_part(

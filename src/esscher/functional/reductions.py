@@ -76,9 +76,11 @@ def masked_whiten(
     shifted = (values - shift).masked_fill(~mask, 0.0)
     mean = shifted.sum(axes, keepdim=True) / count.clamp(min=1)
     centred = (shifted - mean).masked_fill(~mask, 0.0)
-    variance = centred.square().sum(axes, keepdim=True) / (count - correction).clamp(min=1)
+    squares = centred.double().square()  # Of 1e20 they would be infinite, and all results 0.
+    variance = squares.sum(axes, keepdim=True) / (count - correction).clamp(min=1)
     # The floor keeps the gradient of the square root finite at zero variance.
-    return centred / (variance.clamp(min=1e-30).sqrt() + epsilon)
+    std = variance.clamp(min=1e-30).sqrt().to(values.dtype)
+    return (centred / (std + epsilon)).masked_fill(~mask, 0.0)  # Even beside NaN.
 
 
 def aggregate(

@@ -174,7 +174,9 @@ def vtrace(
 
 
 def _continues(terminated: Tensor, truncated: Tensor, like: Tensor) -> Tensor:
-    """1 where row t+1 belongs to the same episode as row t, else 0."""
+    """1 where row t+1 belongs to the same episode as row t, else 0; refuses what has no rows."""
+    if not len(terminated):
+        raise ValueError("returns need at least one row of time, got none")
     return (~(terminated | truncated)).to(like.dtype)
 
 

@@ -17,8 +17,13 @@ def energy_distance(a: Float[Tensor, "n *d"], b: Float[Tensor, "m *d"]) -> Float
     a, b = a.flatten(1), b.flatten(1)
     if min(len(a), len(b)) < 2:
         raise ValueError(f"each set needs at least 2 samples, got {len(a)} and {len(b)}")
-    within = [torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)) for x in (a, b)]
-    return 2 * torch.cdist(a, b).mean() - within[0] - within[1]
+    within = [_distances(x, x).sum() / (len(x) * (len(x) - 1)) for x in (a, b)]
+    return 2 * _distances(a, b).mean() - within[0] - within[1]
+
+
+def _distances(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+    """Not from products, which cancel to noise far from 0."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def moments(
@@ -52,7 +57,13 @@ def frechet_distance(
     are broadcast.
 
     Source: Dowson and Landau 1982; Heusel et al. 2017 (FID, arXiv 1706.08500), eq. 6.
+    Raises: ValueError if a covariance is not finite.
     """
+    for covariance in (covariance_a, covariance_b):
+        if not bool(covariance.isfinite().all()):
+            raise ValueError(
+                "a covariance that is not finite has no root: look for NaN in the samples"
+            )
     mean_a, mean_b = mean_a.double(), mean_b.double()
     covariance_a, covariance_b = covariance_a.double(), covariance_b.double()
     values, vectors = torch.linalg.eigh(covariance_a)
@@ -70,12 +81,14 @@ def vendi_score(embedding: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     The eigenvalues are those of the d x d matrix E^T E / n as well, the smaller one is taken.
 
     Source: Friedman and Dieng 2023 (arXiv 2210.02410), definition 3.1.
-    Raises: ValueError if an embedding is 0, which has no direction.
+    Raises: ValueError if there are none, or one is 0 or not finite, and so has no direction.
     """
+    if not len(embedding):
+        raise ValueError("a Vendi score needs at least 1 sample, got 0")
     length = embedding.double().norm(dim=-1, keepdim=True)
-    if not bool((length > 0).all()):
+    if not bool(((length > 0) & length.isfinite()).all()):
         raise ValueError(
-            "an embedding of length 0 has no direction: centre or change the embedding"
+            "an embedding of length 0, or not finite, has no direction: centre or change the embedding"
         )
     unit = embedding.double() / length
     gram = unit.T @ unit if unit.shape[1] < unit.shape[0] else unit @ unit.T

@@ -34,7 +34,7 @@ class FiniteMDP:
         for state, row in enumerate(self.outcomes):
             for action, case in enumerate(row):
                 total = sum(outcome.probability for outcome in case)
-                if abs(total - 1) > 1e-9 or min(outcome.probability for outcome in case) < 0:
+                if not abs(total - 1) <= 1e-9 or min(o.probability for o in case) < 0:
                     raise ValueError(
                         f"state {state}, action {action}: probabilities sum to {total}"
                     )

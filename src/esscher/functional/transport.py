@@ -104,6 +104,8 @@ def half_squared_costs(
 
     Gradient: to both.
     """
+    centre = x.detach().mean(1, keepdim=True)  # Far from 0 the squares would cancel to noise.
+    x, y = x - centre, y - centre
     squares = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2)
     return (squares / 2 - x @ y.mT).clamp(min=0)
 

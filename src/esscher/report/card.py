@@ -5,14 +5,13 @@ The source is parsed, never imported: a card costs no torch and runs no code of 
 """
 
 import ast
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esscher.errors import UserError
+from esscher.files import read_record
 from esscher.registry import Entry, declared, find
 from esscher.report.memory import memory_rows
 
@@ -232,13 +231,7 @@ def _proof(entry: Entry, proofs: Path, look: Look) -> Iterator[str]:
     if not path.exists():
         yield f"Verdict: **{NOT_TRIED}**. To try it: `esscher prove {entry.slug}`."
         return
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        yield from _verdict(record)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a proof record ({error}): esscher prove {entry.slug} writes it anew"
-        ) from error
+    yield from _verdict(read_record(path))
     yield look.record(path)
 
 

@@ -3,11 +3,11 @@
 python -m esscher.report.readme README.md    rewrites what lies between the marks
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from esscher.files import read_record
 from esscher.registry import Entry, catalogue
 
 BEGIN, END = "<!-- methods: written by make readme -->", "<!-- end of methods -->"
@@ -50,7 +50,7 @@ def verdict_of(entry: Entry, proofs: Path) -> str:
     path = proofs / f"{entry.slug}.json"
     if not path.exists():
         return "not tried"
-    return json.loads(path.read_text(encoding="utf-8"))["verdict"]
+    return read_record(path)["verdict"]
 
 
 def _row(entry: Entry, name: str, proofs: Path) -> str:
@@ -64,7 +64,7 @@ def _proof(entry: Entry, proofs: Path) -> str:
     if verdict in ("baseline", "not tried"):
         return verdict
     if verdict != "reproduced":
-        record = json.loads((proofs / f"{entry.slug}.json").read_text(encoding="utf-8"))
+        record = read_record(proofs / f"{entry.slug}.json")
         failed = [c["name"] for c in record["claims"] if c["verdict"] != "reproduced"]
         held = [c["name"] for c in record["claims"] if c["verdict"] == "reproduced"]
         verdict = f"not reproduced as a whole: {_are(failed)} not"

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from esscher.errors import UserError
+from esscher.files import readable
 from esscher.registry import catalogue, declared
 
 
@@ -129,15 +131,15 @@ class RunRecord:
 def find_runs(paths: Iterable[Path | str]) -> list[Path]:
     """Run folders at or below the given paths: those whose `config.json` names a "slug".
 
-    Raises: ValueError if a path does not exist or holds no run.
+    Raises: UserError if a path does not exist or holds no run.
     """
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
         if not path.exists():
-            raise ValueError(f"{path} does not exist; give a run folder or a folder of run folders")
+            raise UserError(f"{path} does not exist; give a run folder or a folder of run folders")
         below = list(_walk(path))
         if not below:
-            raise ValueError(
+            raise UserError(
                 f'{path} holds no run: no config.json with a "slug" at or below it; '
                 "give a folder that `esscher run` wrote"
             )
@@ -149,12 +151,12 @@ def find_runs(paths: Iterable[Path | str]) -> list[Path]:
 def read_run(folder: Path | str) -> RunRecord:
     """Reads one run folder; a run that is still going, or was killed, is read as far as it came.
 
-    Raises: ValueError if the folder is not a run.
+    Raises: UserError if the folder is not a run.
     """
     folder = Path(folder)
     config = _read_config(folder)
     if config is None:
-        raise ValueError(
+        raise UserError(
             f'{folder} is no run folder: it needs a config.json with a "slug"; '
             "give a folder that `esscher run` wrote, or find_runs() one above it"
         )
@@ -204,12 +206,8 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _read_json(path: Path) -> Any:
-    try:
+    with readable(f"{path} is not valid JSON", "; restore it or move its folder out of the way"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); restore it or move its folder out of the way"
-        ) from error
 
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:

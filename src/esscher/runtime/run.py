@@ -16,6 +16,7 @@ import torch
 from esscher import __version__
 from esscher.errors import UserError, disk_full
 from esscher.experiment import Experiment
+from esscher.files import read_json, readable
 from esscher.loops.online import LoopState, Progress, crossed
 from esscher.registry import load_method
 from esscher.runtime import checkpoint as checkpoints
@@ -120,10 +121,7 @@ def read_experiment(run_folder: Path) -> Experiment:
     path = run_folder / "config.json"
     if not path.exists():
         raise UserError(f"{run_folder} is not a run folder: it has no config.json")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): the folder cannot be used") from error
+    data = read_json(path, ": the folder cannot be used")
     version = str(data.get("esscher_version"))
     if version.split(".")[:2] != __version__.split(".")[:2]:
         raise UserError(
@@ -138,12 +136,14 @@ def read_result(run_folder: Path) -> Result | None:
     path = run_folder / "result.json"
     if not path.exists():
         return None
-    data = json.loads(path.read_text(encoding="utf-8"))
-    measure = data.get("measure", "return")
-    evaluation = Evaluation(data["returns"], data["lengths"], measure)
-    return Result(
-        run_folder, data["slug"], data["steps"], data["updates"], data["seconds"], evaluation
-    )
+    again = f": remove it, and esscher resume {run_folder} writes it anew"
+    data = read_json(path, again)
+    with readable(f"{path} is no result of a run", again):
+        measure = data.get("measure", "return")
+        evaluation = Evaluation(data["returns"], data["lengths"], measure)
+        return Result(
+            run_folder, data["slug"], data["steps"], data["updates"], data["seconds"], evaluation
+        )
 
 
 def fresh_folder(experiment: Experiment) -> Path:
