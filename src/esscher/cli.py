@@ -253,8 +253,8 @@ def _sample(arguments: list[str]) -> int:
     if world == "sets":
         return _draw_populations(folder, options)
     if world != "language":
-        trained = "a controller" if world == "control" else "a robot"
-        raise UserError(f"{folder} trained {trained}: esscher eval {folder} plays episodes with it")
+        what = "a controller" if world == "control" else "a robot's policy"
+        raise UserError(f"{folder} trained {what}: esscher eval {folder} plays episodes with it")
     from esscher.runtime.load import load
 
     count = options.count or 1

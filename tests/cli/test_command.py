@@ -307,7 +307,7 @@ def test_report(run_folder, capsys):
     shutil.copytree(run_folder, "b_run")
     assert command("report", run_folder, "b_run", "--out", "page/all.html", "--title", "Two") == 0
     assert "report: page/all.html" in capsys.readouterr().out
-    beside = {"all.html", "all_curves.csv", "all_curves.png", "all_ranking.csv"}
+    beside = {"all.html", "all_curves.csv", "all_curves.png", "all_ranking.csv", "all_figures"}
     assert {path.name for path in Path("page").iterdir()} == beside
     page = Path("page/all.html").read_text()
     assert "<title>Two" in page and "2 of 2 finished" in page
