@@ -72,7 +72,7 @@ class Robot:
         if not isinstance(images, Mapping):
             if len(robot.cameras) > 1:
                 raise UserError(f"images must name the cameras {', '.join(robot.cameras)}")
-            images = {robot.cameras[0]: images}
+            images = dict.fromkeys(robot.cameras, images)
         wanted, found = (*robot.image_size, 3), []
         for camera in robot.cameras:
             if camera not in images:

@@ -400,7 +400,7 @@ def test_levels_and_shares_are_inverse(alpha_bar: float, x: float, denoised: flo
 def test_steps_down_add_up_to_the_level(
     sigma: float, share: float, eta: float, x: float, denoised: float
 ) -> None:
-    """Mean and noise of a step, of an x that is denoised + sigma eps, have the next level's variance."""
+    """Mean and noise of a step, of x = denoised + sigma eps, have the next level's variance."""
     following = share * sigma
     one = lambda value: torch.tensor([[value]], dtype=torch.float64)  # noqa: E731
     at = [torch.tensor([v], dtype=torch.float64) for v in (sigma, following)]

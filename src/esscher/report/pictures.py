@@ -153,10 +153,10 @@ def film_figure(strips: Sequence[tuple[str, Sequence[np.ndarray], Sequence[int]]
     """
     columns = max(len(frames) for _, frames, _ in strips)
     figure = Figure(figsize=(1.3 * columns, 1.65 * len(strips)), layout="constrained")
-    parts = np.atleast_1d(figure.subfigures(len(strips), 1))
+    parts: Any = figure.subfigures(len(strips), 1, squeeze=False)[:, 0]
     for part, (title, frames, steps) in zip(parts, strips, strict=True):
         part.suptitle(title, fontsize=9, x=0.01, ha="left")
-        panels = np.atleast_1d(part.subplots(1, columns))
+        panels = part.subplots(1, columns, squeeze=False)[0]
         for axes in panels:
             axes.set_axis_off()
         for axes, frame, step in zip(panels, frames, steps, strict=False):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -350,10 +350,13 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 def spec_of(described: Mapping[str, Any]) -> RobotSpec:
     """The specification that a checkpoint describes."""
-    names = ("cameras", "image_size", "action_low", "action_high", "instructions", "tasks")
-    return RobotSpec(
-        state_dim=described["state_dim"], **{name: tuple(described[name]) for name in names}
-    )
+    names = {field.name for field in fields(RobotSpec)}
+    known: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in described.items()
+        if name in names
+    }
+    return RobotSpec(**known)
 
 
 def _divided(data: SceneData, share: float, seed: int) -> tuple[SceneData, SceneData]:
