@@ -11,6 +11,7 @@ from esscher.errors import UserError
 from esscher.methods.control import sac
 from esscher.proof import Check, Claim, Proof, returns_of
 from esscher.runtime import jobs
+from esscher.runtime import run as run_module
 
 SWEEP = (*SMALL, *SMALL_METHOD, "--directory", "all")
 COMPARE = (
@@ -254,3 +255,16 @@ def test_a_proof_never_mixes_runs_of_two_commits(monkeypatch, capsys):
     assert command("prove", "sac", *options) == 2
     assert "work holds runs of commit 0123abc" in capsys.readouterr().err
     assert commit.read_text() == "0123abc\n"
+
+
+def test_what_differs_by_its_seed_alone_is_tried_out_once(monkeypatch, capsys):
+    jobs_in_this_process(monkeypatch)
+    monkeypatch.setattr(jobs, "work", lambda folder: leave_a_word(Path(folder)))
+    built = []
+    parts = run_module._Parts
+    monkeypatch.setattr(run_module, "_Parts", lambda e: built.append(e) or parts(e))
+    options = ("--seeds", 3, "--grid", "method.tau=0.01,0.02", "--engine", "processes")
+    assert command("sweep", "sac", *SWEEP, *options, "--retries", 0) == 4
+    capsys.readouterr()
+    assert [(e.seed, e.method.tau) for e in built] == [(0, 0.01), (0, 0.02)]
+    assert len(list(Path("all").glob("*/seed_*/config.json"))) == 6

@@ -95,8 +95,13 @@ def resume(directory: str | Path, *, step: int | None = None, display: bool = Tr
         return _train(run_folder, checkpoint, display)
 
 
-def write_config(experiment: Experiment, run_folder: Path) -> None:
+def write_config(experiment: Experiment, run_folder: Path, *, tried: bool = False) -> None:
     """Create a run folder with its config.json, every automatic choice resolved.
+
+    Args:
+        experiment: what is to run.
+        run_folder: made.
+        tried: the same with another seed was built before, so that there is nothing to complain about.
 
     Raises:
         UserError: the folder exists and is not empty, or the experiment cannot run here.
@@ -107,7 +112,8 @@ def write_config(experiment: Experiment, run_folder: Path) -> None:
         raise UserError(f"{run_folder} exists: {remedy}; or choose another --directory")
     check_trackers(experiment.log.to)
     experiment = experiment.resolved()
-    _Parts(experiment).close()  # Every complaint about the input comes before anything is written.
+    if not tried:
+        _Parts(experiment).close()  # Every complaint about the input comes before anything is written.
     run_folder.mkdir(parents=True, exist_ok=True)
     write_atomically(run_folder / "config.json", json.dumps(experiment.to_json(), indent=2))
 

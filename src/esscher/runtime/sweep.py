@@ -47,9 +47,13 @@ def sweep(
     for experiment, folder in pairs:
         if (folder / "config.json").exists():
             _refuse_other_settings(experiment, folder)
+    tried: set[str] = set()
     for experiment, folder in pairs:  # Nothing was refused: only now is anything written.
         if not (folder / "config.json").exists():
-            write_config(experiment, folder)
+            # What can run with one seed can with another, and a model may take minutes to make.
+            kind = json.dumps(replace(experiment, seed=0, label=None).to_json())
+            write_config(experiment, folder, tried=kind in tried)
+            tried.add(kind)
     if not display:
         return run_all(folders, workers=workers, engine=engine, address=address, retries=retries)
     with _SweepDisplay(root, folders) as shown:
