@@ -95,7 +95,7 @@ def experience_of(run: Path, step: int | None = None) -> Any:
     """A fresh store of the kind that a run learns from, around its data if it has any."""
     loaded = esscher.load(run, step=step)
     source = loaded.experiment.stages[-1].data
-    if loaded.method.world in ("diffusion", "sets"):
+    if loaded.method.world in ("diffusion", "sets", "robots"):
         return store(loaded.method, data_of(loaded.experiment.slug))
     data = None if source is None else load_dataset(source, loaded.method.spec)
     return store(loaded.method, data)
@@ -165,6 +165,8 @@ def data_of(slug: str) -> Any:
         return parts.world.wanted if parts.world.real is None else parts.world.real
     if load_method(slug).world == "sets":
         return runner._Parts(smoke(slug)).world.data
+    if load_method(slug).world == "robots":
+        return runner._Parts(smoke(slug)).world.data[0]
     source = smoke(slug).stages[-1].data
     return None if source is None else load_dataset(source, spec_of(slug))
 

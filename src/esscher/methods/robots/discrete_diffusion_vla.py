@@ -135,7 +135,7 @@ class Config:
     """Chunks an update, >= 1 (the authors: 4 to 8 on each of 4 to 8 devices)."""
 
     def __post_init__(self) -> None:
-        for name in ("horizon", "decay_after", "batch_size"):
+        for name in ("horizon", "rounds", "decay_after", "batch_size"):
             require(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
         for name in ("bins", "levels"):
             require(name, getattr(self, name), getattr(self, name) >= 2, ">= 2")
@@ -151,9 +151,10 @@ class Config:
             )
         require("quantile", self.quantile, 0 <= self.quantile < 0.5, "in [0, 0.5)")
         require("learning_rate", self.learning_rate, self.learning_rate > 0, "> 0")
-        require("weight_decay", self.weight_decay, self.weight_decay >= 0, ">= 0")
+        for name in ("temperature", "choice_temperature", "weight_decay"):
+            require(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
         require("crop", self.crop, 0 < self.crop <= 1, "in (0, 1]")
-        assert self.decoding
+        require("eta", self.eta, 0 <= self.eta <= 1, "in [0, 1]")
 
     @property
     def decoding(self) -> MaskedDecoding:
@@ -796,7 +797,7 @@ def _learned(cfg: Config) -> Experiment:
 
 # ---- proof
 
-STEPS, DECAY = 3_000, 2_400
+STEPS, DECAY = 4_000, 3_200
 CHUNKS = 500
 
 
