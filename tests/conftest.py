@@ -14,7 +14,7 @@ pytest.register_assert_rewrite("support")
 
 # Always the same examples, and few; HYPOTHESIS_PROFILE=search for those who look for more.
 hypothesis.settings.register_profile(
-    "same", deadline=None, derandomize=True, database=None, max_examples=30
+    "same", deadline=None, derandomize=True, database=None, max_examples=20
 )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2_000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

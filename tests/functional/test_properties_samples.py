@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import linalg, optimize, special, stats
 
@@ -110,6 +110,7 @@ def test_distances_do_not_depend_on_where_the_sets_stand(
 
 
 @given(seeds, st.sampled_from([2, 5, 30]), st.sampled_from([0.0, 1e3]))
+@example(0, 30, 1e3)
 def test_energy_distances_are_means_of_distances(seed: int, count: int, offset: float) -> None:
     """30 and more samples are where torch begins to take distances from products."""
     a, b = single(normal(seed, count, 2) + offset), single(normal(seed + 1, 3, 2) + offset)
@@ -124,6 +125,7 @@ def test_energy_distances_are_means_of_distances(seed: int, count: int, offset: 
         energy_distance(a, b[:1])
 
 
+@settings(max_examples=settings().max_examples // 3)
 @given(seeds, st.integers(2, 4), st.integers(1, 4))
 def test_transport_of_sets_of_one_size(seed: int, count: int, directions: int) -> None:
     x, y = normal(seed, count, 2), normal(seed + 1, count, 2)
@@ -141,7 +143,7 @@ def test_transport_of_sets_of_one_size(seed: int, count: int, directions: int) -
     rows, columns = optimize.linear_sum_assignment(cost)
     exact = cost[rows, columns].mean()
     sinkhorn = sinkhorn_divergence_terms(
-        torch.from_numpy(x)[None], torch.from_numpy(y)[None], epsilon=0.02, iterations=300
+        torch.from_numpy(x)[None], torch.from_numpy(y)[None], epsilon=0.02, iterations=100
     )
     assert sinkhorn.item() == pytest.approx(exact, abs=0.05)
 
@@ -229,9 +231,9 @@ def test_contrasts_are_their_formulas(rewards: Any, beta: float) -> None:
             diffusion_kto_terms(reward, wrong, torch.tensor(0.0))
 
 
-@given(pairs, seeds)
+@given(st.lists(st.tuples(*[st.integers(-9, 9)] * 2), min_size=1, max_size=5), seeds)
 def test_splits_hold_every_sample_once(rewards: Any, seed: int) -> None:
-    reward = torch.tensor(rewards)
+    reward = torch.tensor(rewards, dtype=torch.float32)
     flat = reward.flatten()
     split = paired_split(reward)
     assert (flat[split[:, 0]] >= flat[split[:, 1]]).all()
@@ -357,9 +359,8 @@ def test_predictions_stand_for_one_estimate(sigma: float, x0: float, noise: floa
     }
     for kind, output in outputs.items():
         found = denoised_of(kind, torch.tensor([[output]]), torch.tensor([[x]]), level).item()
-        close = 1e-5 * (1 + abs(expected[kind])) + (
-            1e-5 * abs(sigma * noise) if kind == "epsilon" else 0
-        )
+        close = 1e-5 * (1 + abs(expected[kind]))
+        close += 1e-5 * abs(sigma * noise) if kind == "epsilon" else 0.0
         assert found == pytest.approx(expected[kind], abs=close), kind
         scale = 1 / (1 + sigma) if kind == "flow_prediction" else 1 / root
         assert input_scale(kind, level).item() == pytest.approx(scale, rel=1e-5)
@@ -382,7 +383,7 @@ def test_levels_and_shares_are_inverse(alpha_bar: float, x: float, denoised: flo
     assert alpha_bar_of_sigma(sigma).item() == pytest.approx(alpha_bar)
     if sigma.item() < 1e-3:
         return
-    given_ = (torch.tensor([[x]]).double(), torch.tensor([[denoised]]).double(), sigma)
+    given_ = (*(torch.tensor([[v]], dtype=torch.float64) for v in (x, denoised)), sigma)
     eps, score = eps_of(*given_).item(), score_of(*given_).item()
     assert x - sigma.item() * eps == pytest.approx(denoised, abs=1e-9)
     assert score == pytest.approx(-eps / sigma.item())
@@ -400,7 +401,7 @@ def test_levels_and_shares_are_inverse(alpha_bar: float, x: float, denoised: flo
 def test_steps_down_add_up_to_the_level(
     sigma: float, share: float, eta: float, x: float, denoised: float
 ) -> None:
-    """Mean and noise of a step, of x = denoised + sigma eps, have the next level's variance."""
+    """Of an x that is denoised + sigma eps: what is kept of eps and new noise make the next level."""
     following = share * sigma
     one = lambda value: torch.tensor([[value]], dtype=torch.float64)  # noqa: E731
     at = [torch.tensor([v], dtype=torch.float64) for v in (sigma, following)]
