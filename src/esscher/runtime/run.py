@@ -112,8 +112,8 @@ def write_config(experiment: Experiment, run_folder: Path, *, tried: bool = Fals
         raise UserError(f"{run_folder} exists: {remedy}; or choose another --directory")
     check_trackers(experiment.log.to)
     experiment = experiment.resolved()
-    if not tried:
-        _Parts(experiment).close()  # Every complaint about the input comes before anything is written.
+    if not tried:  # Every complaint about the input comes before anything is written.
+        _Parts(experiment).close()
     run_folder.mkdir(parents=True, exist_ok=True)
     write_atomically(run_folder / "config.json", json.dumps(experiment.to_json(), indent=2))
 
