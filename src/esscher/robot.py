@@ -11,6 +11,7 @@ from esscher.adapters.vision_language import instruction_tokens
 from esscher.distributions.policies import device_of
 from esscher.distributions.vision_language import VisionSpec
 from esscher.errors import UserError
+from esscher.runtime.rng import Phase, seed_phase
 from esscher.types import Scenes
 
 
@@ -63,7 +64,7 @@ class Robot:
         )
         self.policy.eval()
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            seed_phase(seed, 0, Phase.EVALUATE)
             chunk = self.policy.chunk(scenes.to(device_of(self.policy)))[0, : self.policy.executed]
         return robot.native(chunk.cpu().numpy())
 

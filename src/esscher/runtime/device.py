@@ -49,6 +49,12 @@ class RuntimeConfig:
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.device(device)
+        except RuntimeError:
+            raise UserError(
+                f"runtime.device must be auto, cpu, cuda or cuda:NUMBER, got {device!r}"
+            ) from None
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"runtime.device is {device}, but no CUDA device is available: use cpu")
         if self.precision == "bfloat16" and device == "cpu" and not _bfloat16_is_fast():
