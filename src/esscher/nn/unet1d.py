@@ -35,12 +35,12 @@ class SameConv1d(nn.Conv1d):
     def __init__(self, into: int, out: int, kernel: int):
         super().__init__(into, out, kernel, padding=kernel // 2)
 
-    def forward(self, x: Float[Tensor, "b i t"]) -> Float[Tensor, "b j t"]:
-        count, channels, time = x.shape
-        if torch.is_grad_enabled() or time > SHORT or x.is_cuda:
-            return super().forward(x)
+    def forward(self, input: Float[Tensor, "b i t"]) -> Float[Tensor, "b j t"]:  # noqa: A002 (torch's name)
+        count, channels, time = input.shape
+        if torch.is_grad_enabled() or time > SHORT or input.is_cuda:
+            return super().forward(input)
         kernel = self.weight.shape[-1]
-        seen = nn.functional.pad(x, (kernel // 2, kernel // 2)).unfold(-1, kernel, 1)
+        seen = nn.functional.pad(input, (kernel // 2, kernel // 2)).unfold(-1, kernel, 1)
         rows = seen.transpose(1, 2).reshape(count * time, channels * kernel)
         assert self.bias is not None
         out = torch.addmm(self.bias, rows, self.weight.flatten(1).t())
