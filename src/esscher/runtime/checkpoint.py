@@ -160,6 +160,18 @@ def machine() -> dict[str, Any]:
     }
 
 
+def require_unchanged(what: str, held: str, then: str, now: str) -> None:
+    """Raise unless what a run began with still has the digest of then.
+
+    Raises:
+        UserError: it holds other weights, demonstrations, samples.
+    """
+    if then != now:
+        raise UserError(
+            f"{what} {held} than when this run began: put those back, or start a new run"
+        )
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.writing")

@@ -24,6 +24,7 @@ from esscher.loops.draw import draw
 from esscher.loops.offline import offline
 from esscher.loops.online import LoopState, Progress
 from esscher.registry import load_method
+from esscher.runtime.checkpoint import require_unchanged
 from esscher.runtime.device import Runtime
 from esscher.runtime.evaluate import Evaluation
 from esscher.runtime.rng import Phase, mix, seed_phase
@@ -178,11 +179,8 @@ class DiffusionWorld:
         Raises:
             UserError: its weights have changed.
         """
-        if described["digest"] != self.digest:
-            raise UserError(
-                f"the model {self.stage.model.source} has other weights than when this run began: put "
-                "those back, or start a new run"
-            )
+        what = f"the model {self.stage.model.source}"
+        require_unchanged(what, "has other weights", described["digest"], self.digest)
 
     def state_dict(self) -> State:
         return {}

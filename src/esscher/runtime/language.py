@@ -14,7 +14,6 @@ from esscher.adapters.rewards import RewardJudge, made_prompts
 from esscher.adapters.text import read_rows, read_text
 from esscher.adapters.text_envs import TextGames, read_turns
 from esscher.distributions.autoregressive import LanguageModel, TextSpec
-from esscher.errors import UserError
 from esscher.experience.text import (
     Text,
     collate_demonstrations,
@@ -27,6 +26,7 @@ from esscher.loops.generate import generate
 from esscher.loops.offline import offline
 from esscher.loops.online import LoopState, Progress
 from esscher.registry import load_method
+from esscher.runtime.checkpoint import require_unchanged
 from esscher.runtime.device import Runtime
 from esscher.runtime.evaluate import Evaluation
 from esscher.runtime.rng import Phase, mix, numpy_generator, seed_phase
@@ -128,11 +128,8 @@ class LanguageWorld:
         Raises:
             UserError: its weights have changed.
         """
-        if described["digest"] != self.digest:
-            raise UserError(
-                f"the model {self.stage.model.source} has other weights than when this run began: put "
-                "those back, or start a new run"
-            )
+        what = f"the model {self.stage.model.source}"
+        require_unchanged(what, "has other weights", described["digest"], self.digest)
 
     def state_dict(self) -> State:
         return {}

@@ -27,6 +27,7 @@ from esscher.experience.scenes import SceneData, SceneWindows
 from esscher.experiment import EvaluationConfig, Experiment
 from esscher.loops.offline import offline
 from esscher.loops.online import LoopState, Progress
+from esscher.runtime.checkpoint import require_unchanged
 from esscher.runtime.device import Runtime
 from esscher.runtime.evaluate import Evaluation
 from esscher.runtime.rng import Phase, mix, numpy_generator, seed_phase
@@ -171,16 +172,11 @@ class RobotWorld:
         Raises:
             UserError: they have changed.
         """
-        if described["model_digest"] != self.digest:
-            raise UserError(
-                f"the model {self.stage.model.source} has other weights than when this run began: put "
-                "those back, or start a new run"
-            )
-        if self.data is not None and described["digest"] != self.data_digest:
-            raise UserError(
-                f"{self.stage.data} holds other demonstrations than when this run began: put those "
-                "back, or start a new run"
-            )
+        what = f"the model {self.stage.model.source}"
+        require_unchanged(what, "has other weights", described["model_digest"], self.digest)
+        if self.data is not None:
+            then, now = described["digest"], self.data_digest
+            require_unchanged(str(self.stage.data), "holds other demonstrations", then, now)
 
     def state_dict(self) -> State:
         return {}

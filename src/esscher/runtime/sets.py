@@ -21,6 +21,7 @@ from esscher.functional.sets import moments
 from esscher.functional.transport import gaussian_w2, random_directions, sliced_w2_terms
 from esscher.loops.offline import offline
 from esscher.loops.online import LoopState, Progress
+from esscher.runtime.checkpoint import require_unchanged
 from esscher.runtime.device import Runtime
 from esscher.runtime.evaluate import Evaluation
 from esscher.runtime.rng import Phase, mix, numpy_generator, seed_phase
@@ -143,11 +144,9 @@ class SetWorld:
         Raises:
             UserError: they have changed.
         """
-        if described["digest"] != self.digest:
-            raise UserError(
-                f"{self.stage.data} holds other samples than when this run began: put those back, or "
-                "start a new run"
-            )
+        require_unchanged(
+            str(self.stage.data), "holds other samples", described["digest"], self.digest
+        )
 
     def state_dict(self) -> State:
         return {}
