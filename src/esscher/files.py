@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from esscher.errors import UserError
 
 
@@ -48,6 +46,8 @@ def read_npz(path: Path, wanted: Container[str] | None = None) -> dict[str, Any]
     Raises:
         UserError: it is none, is damaged, or holds pickles.
     """
+    import numpy as np  # Here: the catalogue reads records, and does not need it.
+
     with readable(f"{path} cannot be read as .npz"):
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no archive of arrays, or its end is missing")

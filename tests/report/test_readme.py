@@ -20,8 +20,8 @@ def test_every_method_has_a_line_with_its_verdict(tmp_path):
     record = {
         "verdict": "not reproduced",
         "claims": [
-            {"name": "one", "verdict": "reproduced"},
-            {"name": "two", "verdict": "not reproduced"},
+            {"name": "one", "statement": "", "verdict": "reproduced", "checks": []},
+            {"name": "two", "statement": "", "verdict": "not reproduced", "checks": []},
         ],
     }
     (tmp_path / "sac.json").write_text(json.dumps(record))
