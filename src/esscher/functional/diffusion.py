@@ -142,10 +142,15 @@ def truncated_log_logistic(
     """
     if not (scale > 0 and 0 < low < high):
         raise ValueError(f"need scale > 0 and 0 < low < high, got {scale}, {low}, {high}")
-    logs = torch.tensor([math.log(low), math.log(high)], dtype=torch.float64)
-    ends = ((logs - loc) / scale).sigmoid().tolist()
-    share = ends[0] + (ends[1] - ends[0]) * uniform.double()
+    first, last = (_logistic((math.log(end) - loc) / scale) for end in (low, high))
+    share = first + (last - first) * uniform.double()
     return (loc + scale * (share / (1 - share)).log()).exp().clamp(low, high).to(uniform.dtype)
+
+
+def _logistic(z: float) -> float:
+    """1 / (1 + exp(-z)), where neither end overflows."""
+    small = math.exp(-abs(z))
+    return (1.0 if z >= 0 else small) / (1 + small)
 
 
 def denoised_of(
