@@ -54,6 +54,9 @@ COLLECT = int.from_bytes(b"data", "big")
 STEPS_A_WRITE = 20_000
 """Steps that are written to disk at once."""
 
+EPISODES_A_WRITE = 200
+"""At most: short ones take milliseconds each to write, and a request to stop waits for all."""
+
 SECONDS_A_LINE = 10
 """Between lines of progress where there is no terminal."""
 
@@ -611,7 +614,7 @@ class Writer:
         self.returns.append(float(np.sum(episode.rewards, dtype=np.float64)))
         self.lengths.append(len(episode.rewards))
         self._steps += self.lengths[-1]
-        if self._steps >= STEPS_A_WRITE:
+        if self._steps >= STEPS_A_WRITE or len(self._pending) >= EPISODES_A_WRITE:
             self.flush()
 
     def flush(self) -> None:
