@@ -38,7 +38,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from esscher.adapters.episodes import EpisodeRunner
-from esscher.distributions.goals import GoalColumns, Observed
+from esscher.distributions.goals import GoalColumns, Observed, observed_by
 from esscher.distributions.remembering import Memory, Player
 from esscher.errors import require
 from esscher.experience import Dataset
@@ -415,8 +415,8 @@ class BESO(Method):
     def __init__(self, cfg: Config, spec: Spec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
         continuous_only(spec, "beso")
-        self._columns = GoalColumns(cfg.goal, cfg.achieved)
-        observed = Observed(spec.obs_dim, self._columns, cfg.observation_scaling)
+        columns = GoalColumns(cfg.goal, cfg.achieved)
+        observed = observed_by(spec, columns, cfg.observation_scaling)
         actions = Scaling(spec.action_dim, cfg.action_scaling, "action")
         self.denoiser = ActionDenoiser(observed, spec.action_dim, cfg).to(runtime.device)
         average = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
