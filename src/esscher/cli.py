@@ -195,7 +195,9 @@ def _eval(arguments: list[str]) -> int:
             f"({low:,.1f} to {high:,.1f})"
         )
         if "success" in evaluation.extras:
-            rate, least, most = (evaluation.extras[f"success{end}"] for end in ("", ", low", ", high"))
+            rate, least, most = (
+                evaluation.extras[f"success{end}"] for end in ("", ", low", ", high")
+            )
             print(f"success {rate:.3g} ({least:.3g} to {most:.3g})")
         if asked is not None:
             print(

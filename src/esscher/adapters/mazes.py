@@ -120,11 +120,11 @@ class Simulator(Protocol):
     def step(self, action: NDArray[Any]) -> None: ...
 
     def position(self) -> NDArray[np.float64]:
-        """x and y."""
+        """X and y."""
         ...
 
     def wanted(self) -> NDArray[np.float64]:
-        """x and y of the goal."""
+        """X and y of the goal."""
         ...
 
     def rest(self) -> NDArray[np.float64]:
@@ -212,7 +212,8 @@ class MazeTask:
     Args:
         simulator: of the maze.
         wandering: navigate draws another goal whenever one is reached, until the time is over, and an
-            episode counts as solved if one was; path ends at the first goal.
+            episode counts as solved if one was; path ends at the first goal, which does not lie in
+            the cell of the start.
         noise: its standard deviation, where the box of actions is [-1, 1].
         max_steps: of an episode; by default the benchmark's own.
 
@@ -256,8 +257,10 @@ class MazeTask:
 
     def reset(self, seed: int) -> None:
         self._generator = np.random.default_rng(seed)
-        cells = self._drawn(self._starts), self._drawn(self._goals)
-        self._simulator.begin(int(self._generator.integers(2**31)), cells)
+        start = self._drawn(self._starts)
+        left_out = start if self._wandering == "path" else None
+        goal = self._drawn([cell for cell in self._goals if cell != left_out])
+        self._simulator.begin(int(self._generator.integers(2**31)), (start, goal))
         self._steps = self._reached = 0
 
     def images(self) -> NDArray[np.uint8]:

@@ -52,7 +52,11 @@ def observed_by(
             its goal lies in.
     """
     columns.check(spec.obs_dim)
-    if columns.wanted and spec.goal and (columns.wanted, columns.about) != (spec.goal, spec.achieved):
+    if (
+        columns.wanted
+        and spec.goal
+        and (columns.wanted, columns.about) != (spec.goal, spec.achieved)
+    ):
         wanted, about = (" ".join(map(str, part)) for part in (spec.goal, spec.achieved))
         raise UserError(
             f"goal is {' '.join(map(str, columns.wanted))} and achieved "

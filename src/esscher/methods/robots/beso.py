@@ -95,6 +95,10 @@ class Config:
     goal_length: int = 2
     """Observations g in a row that are a goal, >= 1 (block push: 1); the wanted goal stands in for
     all."""
+    goal_discount: float = 1.0
+    """How much less often a goal one step later is drawn in training, in (0, 1]; 1: all later ones
+    alike (the paper). Lower where an episode reaches one goal after another: 0.99 prefers the next
+    hundred steps."""
     width: int = 360
     """Of a token (block push: 240)."""
     layers: int = 6
@@ -159,6 +163,8 @@ class Config:
             require(name, getattr(self, name), getattr(self, name) > 0, "> 0")
         above = self.sigma_max > self.sigma_min
         require("sigma_max", self.sigma_max, above, f"above sigma_min, {self.sigma_min:g}")
+        discount = self.goal_discount
+        require("goal_discount", discount, 0 < discount <= 1, "in (0, 1]")
         p = self.mask_probability
         require("mask_probability", p, 0 <= p <= 1, "in [0, 1]")
         trained = self.guidance >= 0 and (self.guidance == 1 or p > 0 or not self.goal)
@@ -443,6 +449,7 @@ class BESO(Method):
             self.cfg.window,
             self.cfg.batch_size,
             goal_length=self.cfg.goal_length,
+            goal_discount=self.cfg.goal_discount,
             about=self.cfg.achieved,
             device=self.runtime.device,
         )
