@@ -26,7 +26,7 @@ class RoboticsMaze:
         UserError: Gymnasium-Robotics is not installed, or has no such maze.
     """
 
-    packages = ("gymnasium-robotics", "mujoco")
+    packages: tuple[str, ...] = ("gymnasium-robotics", "mujoco")
 
     def __init__(self, maze: str):
         self.name = f"gymnasium_robotics:{maze}"
@@ -40,7 +40,7 @@ class RoboticsMaze:
         self.max_steps = int((made.spec and made.spec.max_episode_steps) or 300)
         self.fps = int(self._env.metadata.get("render_fps", 50))
         box = self._env.action_space
-        self.action_space = spaces.Box(box.low, box.high, dtype=np.float32)
+        self.action_space: spaces.Box[Any] = spaces.Box(box.low, box.high, dtype=np.float32)
         self.walls = np.array([[cell == 1 for cell in row] for row in self._env.maze.maze_map])
 
     def begin(self, seed: int, cells: tuple[Cell, Cell] | None) -> None:

@@ -10,7 +10,7 @@ The simulators are next to this file, one a module; what they share is here.
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import gymnasium
 import numpy as np
@@ -95,7 +95,7 @@ class Simulator(Protocol):
 
     name: str
     """Such as ogbench:pointmaze-medium-v0."""
-    action_space: spaces.Box
+    action_space: spaces.Box[Any]
     walls: NDArray[np.bool_]
     """Rows x columns."""
     max_steps: int
@@ -164,7 +164,7 @@ class Maze(gymnasium.Env[NDArray[np.float32], NDArray[Any]]):
     Starts and goals are those that the benchmark evaluates with.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {
+    metadata: dict[str, Any] = {  # noqa: RUF012  As Gymnasium declares it.
         "render_modes": [],
         "goal": WANTED,
         "achieved": ACHIEVED,
@@ -222,7 +222,7 @@ class MazeTask:
     """
 
     cameras: tuple[str, ...] = ()
-    image_size = (0, 0)
+    image_size: tuple[int, int] = (0, 0)
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ class OGBenchMaze:
         UserError: OGBench is not installed, or has no such maze.
     """
 
-    packages = ("ogbench", "mujoco")
+    packages: tuple[str, ...] = ("ogbench", "mujoco")
 
     def __init__(self, maze: str):
         self.name = f"ogbench:{maze}"
@@ -38,7 +38,7 @@ class OGBenchMaze:
         self.max_steps = int((made.spec and made.spec.max_episode_steps) or 1000)
         self.fps = int(self._env.metadata.get("render_fps", 10))
         box = self._env.action_space
-        self.action_space = spaces.Box(box.low, box.high, dtype=np.float32)
+        self.action_space: spaces.Box[Any] = spaces.Box(box.low, box.high, dtype=np.float32)
         self.walls = np.asarray(self._env.maze_map) == 1
         self._env.add_noise = self._noisy
         teleports = self._env._teleport_info
