@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-import toy_mazes
 from esscher.adapters.data import load_dataset
 from esscher.adapters.gymnasium import Environments, make
 from esscher.adapters.mazes import Maze, MazeTask, ends_and_turns, free_cells, is_maze, towards

@@ -542,6 +542,36 @@ def block_push() -> Experiment:
     return Experiment.of(cfg, env=env, data="esscher.datasets:two_gaps", steps=60_000)
 
 
+def pointmaze() -> Experiment:
+    """A small transformer on play in a maze of OGBench, in a quarter of an hour.
+
+    The play is what `esscher data collect ogbench:pointmaze-medium-v0 --episodes 200 --out
+    pointmaze/navigate-v0` writes. One episode reaches many goals there, so sooner ones are preferred.
+    """
+    return Experiment.of(
+        Config(
+            goal=(2, 3),
+            achieved=(0, 1),
+            window=5,
+            goal_length=1,
+            goal_discount=0.99,
+            width=64,
+            layers=2,
+            heads=2,
+            attention_dropout=0.0,
+            sigma_min=0.05,
+            guidance=2.0,
+            sampler="ddim",
+            learning_rate=1e-3,
+            batch_size=256,
+        ),
+        env=EnvConfig(id="ogbench:pointmaze-medium-v0"),
+        data="minari:pointmaze/navigate-v0",
+        steps=4_000,
+        evaluation=EvaluationConfig(every=2_000, episodes=50),
+    )
+
+
 def proof() -> Proof:
     """The sheet's two miniatures: exact samplers, and play through two gaps."""
     return Proof(
