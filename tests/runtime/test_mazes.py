@@ -77,7 +77,7 @@ def test_navigating_goes_from_goal_to_goal(tmp_path: Path, monkeypatch: pytest.M
     reached = rows.reward[:-1] == 1
     assert torch.equal(changed & inside, reached & inside), "a goal that is reached is replaced"
     about = data.provenance["esscher"]
-    assert about["tasks"] == ["toy_mazes:walk"] and about["wandering"] == "navigate"
+    assert about["task"] == "toy_mazes:walk" and about["wandering"] == "navigate"
     assert about["noise_of_expert"] == 0.5 and about["packages"] == {"numpy": np.__version__}
 
 

@@ -80,7 +80,7 @@ class RoboticsMaze:
                 "(esscher data collect RUN)"
             )
         maze, here, goal = self._env.maze, self.position(), self.wanted()
-        start, end = (tuple(map(int, maze.cell_xy_to_rowcol(xy))) for xy in (here, goal))
+        start, end = self._cell(here), self._cell(goal)
         following = towards(self.walls, start, end)
         target = goal if following == start else maze.cell_rowcol_to_xy(np.array(following))
         return STIFFNESS * (target - here) - DAMPING * self.rest()[2:]
@@ -102,3 +102,7 @@ class RoboticsMaze:
 
     def close(self) -> None:
         self._env.close()
+
+    def _cell(self, place: NDArray[np.float64]) -> Cell:
+        row, column = self._env.maze.cell_xy_to_rowcol(place)
+        return int(row), int(column)

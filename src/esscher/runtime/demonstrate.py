@@ -302,7 +302,6 @@ def _about(plan: Plan, tasks: Sequence[RobotTask], tally: _Tally) -> dict[str, A
     return {
         "version": __version__,
         "code": _commit(),
-        "tasks": plan.tasks,
         **getattr(tasks[0], "provenance", {}),
         "packages": {package: version(package) for package in sorted(packages)},
         "expert": "scripted, of the task",
@@ -358,7 +357,7 @@ def _finish_minari(parts: Sequence[Path], layout: Layout, name: str, about: dict
         "algorithm_name": "scripted expert",
         "description": f"{len(parts)} episodes of {layout.tasks[0]} ({layout.instructions[0]}) by "
         "esscher data collect.",
-        "esscher": about,
+        "esscher": {"task": layout.tasks[0], **about},
     }
     with writing(name, task, None, metadata) as writer:
         for path in parts:
