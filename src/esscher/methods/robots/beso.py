@@ -543,7 +543,7 @@ def block_push() -> Experiment:
 
 
 def pointmaze() -> Experiment:
-    """A small transformer on play in a maze of OGBench, in a quarter of an hour.
+    """A small transformer on play in a maze of OGBench, for some minutes of training.
 
     The play is what `esscher data collect ogbench:pointmaze-medium-v0 --episodes 200 --out
     pointmaze/navigate-v0` writes. One episode reaches many goals there, so sooner ones are preferred.
