@@ -179,7 +179,8 @@ def _eval(arguments: list[str]) -> int:
             raise UserError(f"{folder} cannot act in {env.id}: {name} is {there}, needs {here}")
     evaluation = evaluator(policy.policy)
     told: dict[str, Any] = evaluation.to_json()
-    if evaluation.extras:
+    asked = evaluation.extras.get("evaluations_per_action")
+    if asked is not None:
         told["milliseconds_per_step"] = evaluator.milliseconds
     if options.descriptor is not None:
         told["descriptor_mean"] = achieved_by(policy.policy, task, config, options.seed)
@@ -193,9 +194,14 @@ def _eval(arguments: list[str]) -> int:
             f"{_count(options.episodes, 'episode')} "
             f"({low:,.1f} to {high:,.1f})"
         )
-        if evaluation.extras:
+        if "success" in evaluation.extras:
+            rate, least, most = (
+                evaluation.extras[f"success{end}"] for end in ("", ", low", ", high")
+            )
+            print(f"success {rate:.3g} ({least:.3g} to {most:.3g})")
+        if asked is not None:
             print(
-                f"{evaluation.extras['evaluations_per_action']:,.3g} network evaluations an action; "
+                f"{asked:,.3g} network evaluations an action; "
                 f"{evaluator.milliseconds:,.3g} ms a step for all episodes together (--episodes 1: "
                 "for one)"
             )

@@ -20,7 +20,8 @@ class EnvConfig:
     """Which task, and how many copies of it at once."""
 
     id: str = "HalfCheetah-v5"
-    """A Gymnasium id, or module:factory for your own (a callable that returns a gymnasium.Env)."""
+    """A Gymnasium id; ogbench:MAZE or gymnasium_robotics:MAZE, such as ogbench:pointmaze-medium-v0;
+    or module:factory for your own (a callable that returns a gymnasium.Env)."""
     num: int = 1
     """Environments stepped together; each step of all of them counts `num` environment steps."""
     parallel: bool = False

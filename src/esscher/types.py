@@ -415,6 +415,10 @@ class Spec:
     descriptor_low: tuple[float, ...] = ()
     """Smallest descriptor of an episode, where the task describes its episodes; else empty."""
     descriptor_high: tuple[float, ...] = ()
+    goal: tuple[int, ...] = ()
+    """Entries of a flat observation that hold the goal which is wanted, where the task says so."""
+    achieved: tuple[int, ...] = ()
+    """Entries that such a goal is about."""
 
     @property
     def obs_dim(self) -> int:

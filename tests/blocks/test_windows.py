@@ -7,7 +7,7 @@ import torch
 
 from esscher.errors import UserError
 from esscher.experience import Dataset
-from esscher.experience.windows import WindowBatch, Windows
+from esscher.experience.windows import WindowBatch, Windows, later
 from esscher.types import Transitions
 
 
@@ -60,6 +60,19 @@ def test_goals_are_uniform_over_what_comes_strictly_after() -> None:
     assert counts[3] == {3: 3, 4: 3}
     assert counts[4] == {4: 6}
     assert counts[1] == counts[5] == {0: 6}, "no goal is zeros"
+
+
+def test_goals_that_come_sooner_are_drawn_more_often() -> None:
+    uniform = (torch.arange(7_000, dtype=torch.float64) + 0.5) / 7_000
+    # In proportion to 1, 1/2 and 1/4: four, two and one in seven.
+    counts = Counter(later(uniform, torch.full((7_000,), 3), 0.5).tolist())
+    assert counts == {0: 4_000, 1: 2_000, 2: 1_000}
+    assert Counter(later(uniform, torch.full((7_000,), 1), 0.5).tolist()) == {0: 7_000}
+    windows = Windows(dataset(3, 5), 2, 1, about=(1,), goal_discount=0.5)
+    found = Counter(float(batch.goal[2, 0, 0]) for batch in every(windows, 700))
+    assert found == {2: 400, 3: 200, 4: 100}
+    with pytest.raises(UserError, match=r"goal_discount must be in \(0, 1\], got 0"):
+        Windows(dataset(3, 5), 2, 1, about=(1,), goal_discount=0.0)
 
 
 def test_goals_of_several_observations_stay_in_the_episode() -> None:

@@ -193,7 +193,10 @@ def test_an_environment_of_gymnasiums() -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("reach-v3", "no task 'reach-v3': give metaworld:TASK, or module:factory"),
+        (
+            "reach-v3",
+            "no task 'reach-v3': give metaworld:TASK, ogbench:MAZE, gymnasium_robotics:MAZE",
+        ),
         ("toy_robots:unfinished", "returned a Half without instruction, cameras"),
         ("toy_robots:flat", "must observe a dictionary with images and a box `state`"),
         ("toy_robots:floats", "must have uint8 images"),

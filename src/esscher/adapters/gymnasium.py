@@ -20,6 +20,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
 
 from esscher.adapters.imports import users_own
+from esscher.adapters.mazes import Maze, is_maze, simulator_of
 from esscher.adapters.snapshot import SnapshotWrapper
 from esscher.errors import UserError, nearest
 from esscher.experiment import EnvConfig
@@ -40,6 +41,8 @@ class Outcome:
     truncated: NDArray[np.bool_]
     episodes: list[tuple[float, int]]
     """Return and length of the episodes that ended at this step."""
+    success: NDArray[np.bool_] | None = None
+    """Whether each task is solved now, where tasks say so in info["success"]."""
 
 
 class Environments:
@@ -64,6 +67,8 @@ class Environments:
             self._envs.single_action_space,
             num_agents=self._envs.metadata.get("num_agents", 1),
             num_envs=config.num,
+            goal=self._envs.metadata.get("goal", ()),
+            achieved=self._envs.metadata.get("achieved", ()),
         )
         self._action_space = self._envs.single_action_space
         self._inexact_because = self.inexact_because()
@@ -128,6 +133,7 @@ class Environments:
             terminated=np.asarray(terminated),
             truncated=np.asarray(truncated),
             episodes=episodes,
+            success=_success(info, ended),
         )
 
     def to_native(self, action: torch.Tensor) -> NDArray[Any]:
@@ -191,6 +197,8 @@ def make(config: EnvConfig) -> gymnasium.Env[Any, Any]:
     """
     if config.id.startswith("pettingzoo:"):
         env = _with_limit(_game_adapter(config.id).from_module(config.id, config.kwargs), config)
+    elif is_maze(config.id):
+        env = _maze(config)
     elif ":" in config.id and not config.id.split(":")[0].startswith("ale_py"):
         env = _from_factory(config)
     else:
@@ -237,6 +245,14 @@ def _from_factory(config: EnvConfig) -> gymnasium.Env[Any, Any]:
     if not isinstance(env, gymnasium.Env):
         raise UserError(f"{config.id!r} returned a {type(env).__name__}, not a gymnasium.Env")
     return _with_limit(env, config)
+
+
+def _maze(config: EnvConfig) -> gymnasium.Env[Any, Any]:
+    if config.kwargs:
+        raise UserError(f"{config.id} takes no env.kwargs, got {', '.join(config.kwargs)}")
+    simulator = simulator_of(config.id)
+    limit = config.max_episode_steps or simulator.max_steps
+    return gymnasium.wrappers.TimeLimit(Maze(simulator), limit)
 
 
 def _with_limit(env: gymnasium.Env[Any, Any], config: EnvConfig) -> gymnasium.Env[Any, Any]:
@@ -334,6 +350,19 @@ def spec_from(
         action_high=tuple(map(float, high)),
         **common,
     )
+
+
+def _success(info: dict[str, Any], ended: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+    """What tasks said before they restarted, which those did whose episode has ended."""
+    parts = (info, ~ended), (info.get("final_info", {}), ended)
+    told = [
+        (part["success"], part.get("_success", True) & where)
+        for part, where in parts
+        if "success" in part
+    ]
+    if not told:
+        return None
+    return np.any([where & (np.asarray(value, float) > 0) for value, where in told], axis=0)
 
 
 def _float32(obs: NDArray[Any]) -> NDArray[np.float32]:

@@ -80,11 +80,11 @@ def robot_task(
     """A task by its name.
 
     Args:
-        name: metaworld:TASK, or module:factory, which returns a `RobotTask`, or a gymnasium.Env as
-            `GymnasiumTask` takes it.
+        name: metaworld:TASK, ogbench:MAZE, gymnasium_robotics:MAZE, or module:factory, which returns
+            a `RobotTask`, or a gymnasium.Env as `GymnasiumTask` takes it.
         cameras: which, in this order; by default the task's own.
         size: of an image, rows and columns; by default the task's own.
-        kwargs: for `MetaWorldTask`, or for the factory.
+        kwargs: for `MetaWorldTask` or `MazeTask`, or for the factory.
 
     Raises:
         UserError: there is no such task, it cannot be made with these arguments, or it has other
@@ -93,17 +93,18 @@ def robot_task(
     kwargs = dict(kwargs or {})
     kind, _, rest = name.partition(":")
     if not rest:
-        raise UserError(f"no task {name!r}: give metaworld:TASK, or module:factory for your own")
-    if kind == "metaworld":
-        from esscher.adapters.metaworld import MetaWorldTask
-
-        try:
-            return MetaWorldTask(rest, cameras=cameras, size=size, **kwargs)
-        except TypeError as error:
-            raise UserError(f"task {name!r} cannot be made: {error}") from error
-    factory = users_own(name, "task")
+        raise UserError(
+            f"no task {name!r}: give metaworld:TASK, ogbench:MAZE, gymnasium_robotics:MAZE, or "
+            "module:factory for your own"
+        )
     try:
-        made = factory(**kwargs)
+        if kind == "metaworld":
+            from esscher.adapters.metaworld import MetaWorldTask
+
+            return MetaWorldTask(rest, cameras=cameras, size=size, **kwargs)
+        if kind in ("ogbench", "gymnasium_robotics"):
+            return _maze_task(name, bool(cameras) or size is not None, kwargs)
+        made = users_own(name, "task")(**kwargs)
     except TypeError as error:
         raise UserError(f"task {name!r} cannot be made: {error}") from error
     task = GymnasiumTask(made, name, cameras) if isinstance(made, gymnasium.Env) else made
@@ -125,6 +126,14 @@ def robot_task(
             "size, or have the factory make the other"
         )
     return task
+
+
+def _maze_task(name: str, seen: bool, kwargs: Mapping[str, Any]) -> RobotTask:
+    from esscher.adapters.mazes import MazeTask, simulator_of
+
+    if seen:
+        raise UserError(f"{name} has no images: leave out --images and --cameras")
+    return MazeTask(simulator_of(name), **kwargs)
 
 
 class GymnasiumTask:

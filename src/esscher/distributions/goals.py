@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from esscher.errors import UserError, require
 from esscher.nn.scaling import Scaling
+from esscher.types import Spec
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,30 @@ class GoalColumns:
             )
         if set(self.wanted) & set(self.about):
             raise UserError("goal and achieved name the same entry: a goal is no part of the state")
+
+
+def observed_by(
+    spec: Spec, columns: GoalColumns, how: Literal["range", "standard", "none"]
+) -> "Observed":
+    """What a policy sees of a task.
+
+    Raises:
+        UserError: entries that an observation does not have, or other ones than the task says that
+            its goal lies in.
+    """
+    columns.check(spec.obs_dim)
+    if (
+        columns.wanted
+        and spec.goal
+        and (columns.wanted, columns.about) != (spec.goal, spec.achieved)
+    ):
+        wanted, about = (" ".join(map(str, part)) for part in (spec.goal, spec.achieved))
+        raise UserError(
+            f"goal is {' '.join(map(str, columns.wanted))} and achieved "
+            f"{' '.join(map(str, columns.about))}, and the goal of this task lies elsewhere: give "
+            f"--method.goal {wanted} --method.achieved {about}"
+        )
+    return Observed(spec.obs_dim, columns, how)
 
 
 class Observed(nn.Module):

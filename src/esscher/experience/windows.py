@@ -3,10 +3,11 @@
 episode      o_0 a_0  o_1 a_1  ...  o_T-1 a_T-1
 window       `length` steps in a row; up to `before` of them before the first one, up to `after`
 beyond the last one, where the nearest step of the episode stands in, and `mask` is False
-goal         `goal_length` observations in a row, drawn uniformly from those of the same episode
-that lie strictly after the window
+goal         `goal_length` observations in a row, drawn from those of the same episode that lie
+strictly after the window: uniformly, or sooner ones more often
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,12 +48,13 @@ class Windows(Stateful):
         after: steps of a window that may lie beyond it, < length.
         goal_length: g, observations of a goal.
         about: entries of an observation that goals hold; none: no goals.
+        goal_discount: how much less often a goal one step later is drawn, in (0, 1]; 1: uniformly.
         what: a name for messages.
         device: where the rows live.
 
     Raises:
         UserError: an episode is shorter than the window (but for the steps that may lie outside of
-            it), or batch_size is out of range.
+            it), or a number is out of range.
     """
 
     def __init__(
@@ -65,12 +67,14 @@ class Windows(Stateful):
         after: int = 0,
         goal_length: int = 1,
         about: tuple[int, ...] = (),
+        goal_discount: float = 1.0,
         what: str = "window",
         device: torch.device | str = "cpu",
     ):
         require("before", before, 0 <= before < length, f"in [0, {length})")
         require("after", after, 0 <= after < length, f"in [0, {length})")
         require("goal_length", goal_length, goal_length >= 1, ">= 1")
+        require("goal_discount", goal_discount, 0 < goal_discount <= 1, "in (0, 1]")
         ends = data.ends()
         lengths = torch.diff(ends, prepend=ends.new_tensor([-1]))
         shortest = int(lengths.min())
@@ -97,7 +101,7 @@ class Windows(Stateful):
         self._steps = torch.arange(length, device=device)
         self._goal_steps = torch.arange(goal_length, device=device)
         self._about = torch.tensor(about, dtype=torch.long, device=device)
-        self._batch_size, self._name = batch_size, data.name
+        self._discount, self._batch_size, self._name = goal_discount, batch_size, data.name
         self.digest = data.digest()
 
     def __len__(self) -> int:
@@ -120,7 +124,7 @@ class Windows(Stateful):
         earliest = first + len(self._steps)
         choices = end - (len(self._goal_steps) - 1) - earliest + 1
         has_goal = choices > 0
-        chosen = (uniform * choices).long().clamp(min=0)
+        chosen = later(uniform, choices, self._discount).clamp(min=0)
         # Rounding may reach the number of choices itself.
         place = earliest + torch.minimum(chosen, (choices - 1).clamp(min=0))
         goal_row = (place.unsqueeze(-1) + self._goal_steps).clamp(max=end.unsqueeze(-1))
@@ -143,3 +147,19 @@ class Windows(Stateful):
             raise UserError(
                 f"{self._name} has changed since the run was saved: restore it, or start a new run"
             )
+
+
+def later(
+    uniform: Float[Tensor, "b"], choices: Int[Tensor, "b"], discount: float
+) -> Int[Tensor, "b"]:
+    """Numbers from 0 below `choices`, k with a probability in proportion to discount^k.
+
+    Args:
+        uniform: in [0, 1), of which this is the inverse distribution function.
+        choices: how many there are; where there are none, the number means nothing.
+        discount: in (0, 1]; 1: all are equally likely.
+    """
+    if discount == 1:
+        return (uniform * choices).long()
+    mass = 1 - discount ** choices.clamp(min=0).to(uniform.dtype)
+    return (torch.log1p(-uniform * mass) / math.log(discount)).long()

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def demonstrate(plan: Plan, out: str, *, display: bool = True) -> Demonstrated:
         )
         for _ in shown(source, title, total, display, tally.told):
             pass
-        about = _about(plan, tally)
+        about = _about(plan, tasks, tally)
         parts = sorted(folder.glob("*.npz"))
         if plan.images is None:
             _finish_minari(parts, layout, name, about)
@@ -296,10 +297,13 @@ def _replace(path: Path, content: bytes) -> None:
 # ---- writing the set
 
 
-def _about(plan: Plan, tally: _Tally) -> dict[str, Any]:
+def _about(plan: Plan, tasks: Sequence[RobotTask], tally: _Tally) -> dict[str, Any]:
+    packages = {package for task in tasks for package in getattr(task, "packages", ())}
     return {
         "version": __version__,
         "code": _commit(),
+        **getattr(tasks[0], "provenance", {}),
+        "packages": {package: version(package) for package in sorted(packages)},
         "expert": "scripted, of the task",
         "noise": plan.noise,
         "seed": plan.seed,
@@ -353,7 +357,7 @@ def _finish_minari(parts: Sequence[Path], layout: Layout, name: str, about: dict
         "algorithm_name": "scripted expert",
         "description": f"{len(parts)} episodes of {layout.tasks[0]} ({layout.instructions[0]}) by "
         "esscher data collect.",
-        "esscher": about,
+        "esscher": {"task": layout.tasks[0], **about},
     }
     with writing(name, task, None, metadata) as writer:
         for path in parts:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 from torch import Tensor
 
 from esscher.adapters.lerobot import read_scenes
@@ -29,7 +28,7 @@ from esscher.loops.offline import offline
 from esscher.loops.online import LoopState, Progress
 from esscher.runtime.checkpoint import require_unchanged
 from esscher.runtime.device import Runtime
-from esscher.runtime.evaluate import Evaluation
+from esscher.runtime.evaluate import Evaluation, wilson
 from esscher.runtime.rng import Phase, mix, numpy_generator, seed_phase
 from esscher.runtime.state import State
 from esscher.types import RobotSpec, Scenes
@@ -333,15 +332,6 @@ def seen(
         instruction=tokens,
         instruction_mask=mask,
     ).to(device)
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's interval of 95 % for a share.
-
-    Source: Wilson 1927, without continuity correction.
-    """
-    interval = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def spec_of(described: Mapping[str, Any]) -> RobotSpec:

@@ -38,7 +38,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from esscher.adapters.episodes import EpisodeRunner
-from esscher.distributions.goals import GoalColumns, Observed
+from esscher.distributions.goals import GoalColumns, Observed, observed_by
 from esscher.distributions.remembering import Memory, Player
 from esscher.errors import require
 from esscher.experience import Dataset
@@ -95,6 +95,10 @@ class Config:
     goal_length: int = 2
     """Observations g in a row that are a goal, >= 1 (block push: 1); the wanted goal stands in for
     all."""
+    goal_discount: float = 1.0
+    """How much less often a goal one step later is drawn in training, in (0, 1]; 1: all later ones
+    alike (the paper). Lower where an episode reaches one goal after another: 0.99 prefers the next
+    hundred steps."""
     width: int = 360
     """Of a token (block push: 240)."""
     layers: int = 6
@@ -159,6 +163,8 @@ class Config:
             require(name, getattr(self, name), getattr(self, name) > 0, "> 0")
         above = self.sigma_max > self.sigma_min
         require("sigma_max", self.sigma_max, above, f"above sigma_min, {self.sigma_min:g}")
+        discount = self.goal_discount
+        require("goal_discount", discount, 0 < discount <= 1, "in (0, 1]")
         p = self.mask_probability
         require("mask_probability", p, 0 <= p <= 1, "in [0, 1]")
         trained = self.guidance >= 0 and (self.guidance == 1 or p > 0 or not self.goal)
@@ -415,8 +421,8 @@ class BESO(Method):
     def __init__(self, cfg: Config, spec: Spec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
         continuous_only(spec, "beso")
-        self._columns = GoalColumns(cfg.goal, cfg.achieved)
-        observed = Observed(spec.obs_dim, self._columns, cfg.observation_scaling)
+        columns = GoalColumns(cfg.goal, cfg.achieved)
+        observed = observed_by(spec, columns, cfg.observation_scaling)
         actions = Scaling(spec.action_dim, cfg.action_scaling, "action")
         self.denoiser = ActionDenoiser(observed, spec.action_dim, cfg).to(runtime.device)
         average = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
@@ -443,6 +449,7 @@ class BESO(Method):
             self.cfg.window,
             self.cfg.batch_size,
             goal_length=self.cfg.goal_length,
+            goal_discount=self.cfg.goal_discount,
             about=self.cfg.achieved,
             device=self.runtime.device,
         )
@@ -533,6 +540,36 @@ def block_push() -> Experiment:
     )
     env = EnvConfig(id="esscher.envs:TwoGaps")
     return Experiment.of(cfg, env=env, data="esscher.datasets:two_gaps", steps=60_000)
+
+
+def pointmaze() -> Experiment:
+    """A small transformer on play in a maze of OGBench, for some minutes of training.
+
+    The play is what `esscher data collect ogbench:pointmaze-medium-v0 --episodes 200 --out
+    pointmaze/navigate-v0` writes. One episode reaches many goals there, so sooner ones are preferred.
+    """
+    return Experiment.of(
+        Config(
+            goal=(2, 3),
+            achieved=(0, 1),
+            window=5,
+            goal_length=1,
+            goal_discount=0.99,
+            width=64,
+            layers=2,
+            heads=2,
+            attention_dropout=0.0,
+            sigma_min=0.05,
+            guidance=2.0,
+            sampler="ddim",
+            learning_rate=1e-3,
+            batch_size=256,
+        ),
+        env=EnvConfig(id="ogbench:pointmaze-medium-v0"),
+        data="minari:pointmaze/navigate-v0",
+        steps=4_000,
+        evaluation=EvaluationConfig(every=2_000, episodes=50),
+    )
 
 
 def proof() -> Proof:

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from esscher.distributions.chunks import ChunkModel, ChunkPolicy
-from esscher.distributions.goals import GoalColumns, Observed
+from esscher.distributions.goals import GoalColumns, Observed, observed_by
 from esscher.errors import require
 from esscher.experience import Dataset
 from esscher.experience.windows import WindowBatch, Windows
@@ -163,7 +163,7 @@ class DiffusionPolicy(Method):
         continuous_only(spec, "diffusion_policy")
         known = all(0 <= column < spec.action_dim for column in cfg.unscaled)
         require("unscaled", cfg.unscaled, known, f"components in [0, {spec.action_dim})")
-        observed = Observed(spec.obs_dim, GoalColumns(cfg.goal, cfg.achieved), "range")
+        observed = observed_by(spec, GoalColumns(cfg.goal, cfg.achieved), "range")
         actions = Scaling(spec.action_dim, "range", "action", cfg.unscaled)
         self.network = self._fresh_network(observed).to(runtime.device)
         average = copy.deepcopy(self.network).requires_grad_(False).eval()

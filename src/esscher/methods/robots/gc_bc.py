@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from esscher.distributions.goals import GoalColumns, Observed
+from esscher.distributions.goals import GoalColumns, Observed, observed_by
 from esscher.distributions.policies import Deterministic
 from esscher.errors import require
 from esscher.experience import Dataset
@@ -94,9 +94,8 @@ class GoalCloning(Method):
     def __init__(self, cfg: Config, spec: Spec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
         continuous_only(spec, "gc_bc")
-        observed = Observed(
-            spec.obs_dim, GoalColumns(cfg.goal, cfg.achieved), cfg.observation_scaling
-        )
+        columns = GoalColumns(cfg.goal, cfg.achieved)
+        observed = observed_by(spec, columns, cfg.observation_scaling)
         # Defined from the start: a policy that becomes a graph cannot ask whether it has seen data.
         observed.scaling.as_is()
         actions = Scaling(spec.action_dim, "standard", "action").as_is()
