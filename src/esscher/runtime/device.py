@@ -34,6 +34,9 @@ class RuntimeConfig:
     """bfloat16: matrix products in half the time; parameters and losses stay float32."""
     graph: Literal["auto", "eager", "compile"] = "auto"
     """How update pieces run; auto compiles runs of 20,000 steps or more where a compiler exists."""
+    accelerate: str | None = None
+    """A file that `accelerate config` wrote: the command starts the processes that it names, and they
+    train together (see docs/large_models.md)."""
 
     def __post_init__(self) -> None:
         if self.threads < 0:

@@ -29,6 +29,7 @@ from esscher.runtime.device import (
 )
 from esscher.runtime.display import Display
 from esscher.runtime.evaluate import Evaluation
+from esscher.runtime.launch import refuse_unstarted
 from esscher.runtime.metrics import Averager, MetricsLog
 from esscher.runtime.rng import Phase, seed_phase
 from esscher.runtime.state import State, under
@@ -85,10 +86,11 @@ def resume(directory: str | Path, *, step: int | None = None, display: bool = Tr
         UserError: not a run folder, a damaged checkpoint, or one of another version.
     """
     shared = Path(directory)
-    _join(read_experiment(shared))  # Whatever is wrong with the folder is said first.
+    experiment = read_experiment(shared)  # Whatever is wrong with the folder is said first.
     result = read_result(shared)
     if result is not None and step is None:
         return result
+    _join(experiment)
     fresh = step is None and not checkpoints.steps(shared)
     checkpoint = None if fresh else checkpoints.load(shared, step)
     with _own_folder(shared) as run_folder:
@@ -106,16 +108,26 @@ def write_config(experiment: Experiment, run_folder: Path, *, tried: bool = Fals
     Raises:
         UserError: the folder exists and is not empty, or the experiment cannot run here.
     """
-    if run_folder.exists() and any(run_folder.iterdir()):
-        known = (run_folder / "config.json").exists()
-        remedy = f"esscher resume {run_folder} goes on with it" if known else "it is not a run"
-        raise UserError(f"{run_folder} exists: {remedy}; or choose another --directory")
+    check_unused(run_folder)
     check_trackers(experiment.log.to)
+    refuse_unstarted(experiment)
     experiment = experiment.resolved()
     if not tried:  # Every complaint about the input comes before anything is written.
         _Parts(experiment).close()
     run_folder.mkdir(parents=True, exist_ok=True)
     write_atomically(run_folder / "config.json", json.dumps(experiment.to_json(), indent=2))
+
+
+def check_unused(run_folder: Path) -> None:
+    """Raise where a run cannot begin in a folder.
+
+    Raises:
+        UserError: it exists and is not empty.
+    """
+    if run_folder.exists() and any(run_folder.iterdir()):
+        known = (run_folder / "config.json").exists()
+        remedy = f"esscher resume {run_folder} goes on with it" if known else "it is not a run"
+        raise UserError(f"{run_folder} exists: {remedy}; or choose another --directory")
 
 
 def read_experiment(run_folder: Path) -> Experiment:
@@ -398,6 +410,7 @@ class _Run:
             "seconds": self.seconds,
             **evaluation.to_json(),
             "lengths": evaluation.lengths,
+            "processes": self.parts.runtime.world,
             "esscher_version": __version__,
             "machine": checkpoints.machine(),
         }
@@ -425,9 +438,10 @@ def _join(experiment: Experiment) -> None:
     Raises:
         UserError: the method cannot share its work.
     """
+    refuse_unstarted(experiment)
     join_processes(experiment.runtime.device)
     world = process_rank()[1]
-    if world > 1 and load_method(experiment.slug).world != "language":
+    if world > 1 and not load_method(experiment.slug).shares:
         raise UserError(
             f"{experiment.slug} trains in one process, and {world} were started: use esscher sweep "
             "for many runs at once"

@@ -71,6 +71,7 @@ class SFT(Method):
     data = "optional"
     rows = "demonstrations"
     headline = "loss"
+    shares = True
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
