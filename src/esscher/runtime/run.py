@@ -18,6 +18,7 @@ from esscher.errors import UserError, disk_full
 from esscher.experiment import Experiment
 from esscher.files import read_json, readable
 from esscher.loops.online import LoopState, Progress, crossed
+from esscher.nn.sharding import whole_on_cpu
 from esscher.registry import load_method
 from esscher.runtime import checkpoint as checkpoints
 from esscher.runtime.checkpoint import write_atomically
@@ -25,6 +26,7 @@ from esscher.runtime.device import (
     Runtime,
     join_processes,
     process_rank,
+    sharding_asked,
     sum_over_processes,
 )
 from esscher.runtime.display import Display
@@ -381,8 +383,10 @@ class _Run:
             "spec": parts.world.describe(),
         }
         rows = parts.experience if hasattr(parts.experience, "put_rows") else None
-        keep = self.experiment.checkpoint.keep
-        checkpoints.save(self.folder, parts.loop.step, parts.state_dict(), meta, rows, keep)
+        keep, first = self.experiment.checkpoint.keep, parts.runtime.rank == 0
+        state = whole_on_cpu(parts.state_dict(), keep=first)  # All processes give their parts.
+        if first:
+            checkpoints.save(self.folder, parts.loop.step, state, meta, rows, keep)
 
     def _exact_because(self) -> str:
         reason = self.parts.inexact_because
@@ -445,6 +449,11 @@ def _join(experiment: Experiment) -> None:
         raise UserError(
             f"{experiment.slug} trains in one process, and {world} were started: use esscher sweep "
             "for many runs at once"
+        )
+    if world > 1 and sharding_asked() is not None and not load_method(experiment.slug).shards:
+        raise UserError(
+            f"{experiment.slug} needs whole weights in every process, and these were started to shard "
+            "them (FSDP): start them with distributed_type MULTI_GPU or MULTI_CPU"
         )
 
 

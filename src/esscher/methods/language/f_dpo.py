@@ -129,11 +129,13 @@ class FDPO(Method):
     rows = "pairs"
     headline = "accuracy"
     shares = True
+    shards = True
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
         self.model = spec.model
         self._reference = spec.model.frozen()
+        runtime.prepare(self.model, self._reference)
         self.opt = Optim(
             self.model.trained,
             cfg.learning_rate,

@@ -72,6 +72,7 @@ class SFT(Method):
     rows = "demonstrations"
     headline = "loss"
     shares = True
+    shards = True
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
