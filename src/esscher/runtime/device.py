@@ -208,7 +208,7 @@ def process_rank() -> tuple[int, int]:
 @torch.no_grad()
 def sum_over_processes(tensors: Sequence[torch.Tensor]) -> None:
     """Add up each tensor over the processes that train together, in place."""
-    if process_rank()[1] == 1:
+    if process_rank()[1] == 1 or not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     torch.distributed.all_reduce(flat)

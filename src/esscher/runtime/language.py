@@ -31,7 +31,7 @@ from esscher.registry import load_method
 from esscher.runtime.device import Runtime
 from esscher.runtime.evaluate import Evaluation
 from esscher.runtime.rng import Phase, mix, numpy_generator, seed_phase
-from esscher.runtime.state import State
+from esscher.runtime.state import State, under
 from esscher.samplers.decoding import Decoding
 from esscher.types import Completions, Prompts
 
@@ -145,7 +145,7 @@ class LanguageWorld:
         first = self.runtime.rank == 0
         state = None
         if self.runtime.sharding is not None:  # All processes give their parts.
-            state = whole_on_cpu(method.policy.model.state_dict(), keep=first)
+            state = whole_on_cpu(under("model", method.policy.state_dict()), keep=first)
         if first:
             save_model(method.policy, self.spec.tokenizer, folder / "model", state=state)
 

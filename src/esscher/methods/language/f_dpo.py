@@ -135,6 +135,8 @@ class FDPO(Method):
         super().__init__(cfg, spec, runtime)
         self.model = spec.model
         self._reference = spec.model.frozen()
+        if runtime.sharding is not None:  # All processes must ask the model equally often.
+            runtime.share(cfg.batch_size)
         runtime.prepare(self.model, self._reference)
         self.opt = Optim(
             self.model.trained,
