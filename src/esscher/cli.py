@@ -33,18 +33,30 @@ def main() -> None:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command line; the exit status."""
+    status, said = _ended(arguments)
+    # One of several processes tells the one that started them, which says once what all have to say.
+    if "ESSCHER_STATUS_FOLDER" in os.environ:
+        from esscher.runtime.launch import leave_status
+
+        leave_status(status, said)
+    elif said:
+        print(f"esscher: {said}", file=sys.stderr)
+    return status
+
+
+def _ended(arguments: Sequence[str]) -> tuple[int, str]:
+    """Exit status, and what there is to complain of."""
     try:
         status = _dispatch(list(arguments))
         sys.stdout.flush()
-        return status
+        return status, ""
     except UserError as error:
-        print(f"esscher: {error}", file=sys.stderr)
-        return 2
+        return 2, str(error)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return INTERRUPTED, ""
     except BrokenPipeError:  # The reader (head, less) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0, ""
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -141,18 +153,31 @@ def _show(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     """Train a method on a task: esscher run SLUG[:RECIPE] [options]."""
     target = _positional(arguments, "esscher run SLUG[:RECIPE] [options]", "SLUG")
-    experiment, options = _experiment_options(target, arguments, f"esscher run {target}", RunExtras)
-    from esscher.runtime.run import run
+    experiment, options = _experiment_options(
+        target, list(arguments), f"esscher run {target}", RunExtras
+    )
+    from esscher.runtime.launch import launch_of, start
+    from esscher.runtime.run import check_unused, run
 
+    launch = launch_of(experiment)
+    if launch is not None:  # What can be said before the processes start is said once, here.
+        if options.directory is not None:
+            check_unused(options.directory)
+        experiment.resolved()
+        return start(launch, ["run", target, *arguments])
     return _finish_run(lambda: run(experiment, directory=options.directory))
 
 
 def _resume(arguments: list[str]) -> int:
     """Continue an interrupted run exactly: esscher resume RUN."""
     folder = Path(_positional(arguments, "esscher resume RUN [--step N]", "RUN"))
-    options = _parse(StepOption, arguments, "esscher resume RUN")
-    from esscher.runtime.run import resume
+    options = _parse(StepOption, list(arguments), "esscher resume RUN")
+    from esscher.runtime.launch import launch_of, start
+    from esscher.runtime.run import read_experiment, read_result, resume
 
+    launch = launch_of(read_experiment(folder))
+    if launch is not None and (read_result(folder) is None or options.step is not None):
+        return start(launch, ["resume", str(folder), *arguments])
     return _finish_run(lambda: resume(folder, step=options.step))
 
 
@@ -1128,15 +1153,16 @@ def _announce(write: Callable[[], Any], name: str) -> int:
 
 
 def _finish_run(start: Callable[[], Any]) -> int:
+    from esscher.runtime.device import process_rank
     from esscher.runtime.run import Interrupted
 
     try:
         result = start()
     except Interrupted as stopped:
-        print(f"esscher: {stopped}", file=sys.stderr)
+        if process_rank()[0] == 0:
+            print(f"esscher: {stopped}", file=sys.stderr)
         return INTERRUPTED
     from esscher.report.page import write_report
-    from esscher.runtime.device import process_rank
 
     if process_rank()[0] > 0:
         return 0

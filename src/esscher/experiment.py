@@ -432,6 +432,7 @@ class Experiment:
         # A method may have settings of its own that name files.
         method = self.method.resolved() if hasattr(self.method, "resolved") else self.method
         runtime = self.runtime.resolve(steps, width)
+        runtime = replace(runtime, accelerate=whole_path(runtime.accelerate))
         return replace(self, method=method, stages=stages, runtime=runtime)
 
     def to_json(self) -> dict[str, Any]:

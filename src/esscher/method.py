@@ -71,6 +71,10 @@ class Method(Stateful):
     """The training metric that the live display shows."""
     games: ClassVar[bool] = False
     """Whether several agents can be trained, each with choices of its own."""
+    shares: ClassVar[bool] = False
+    """Whether several processes can train it together, each on its share of every batch."""
+    shards: ClassVar[bool] = False
+    """Whether each of them may hold its share of the weights alone."""
 
     def __init__(self, cfg: Any, spec: Any, runtime: Runtime):
         if spec.num_agents > 1 and not self.games:

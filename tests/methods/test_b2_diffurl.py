@@ -480,9 +480,9 @@ def test_no_sample_is_dropped_whatever_the_minibatch(count: int, size: int, step
     method = method_of(constant(), minibatch_size=size, epochs=2)
     sizes: list[list[int]] = []
     descend = method.descend
-    method.descend = lambda paths, rows, sigma: (  # type: ignore[method-assign]
+    method.descend = lambda paths, rows, sigma, count: (  # type: ignore[method-assign]
         sizes.append(rows.tolist()),
-        descend(paths, rows, sigma),
+        descend(paths, rows, sigma, count),
     )[1]
     method.learn(step_paths([1.0] * count, [1.0] * count), torch.tensor([2.0, 1.0]))
     assert len(sizes) == 2 * steps and method.opt.num_steps.item() == 2 * steps

@@ -1,20 +1,24 @@
 """Two processes under Accelerate make the run of one: same batches, objective and gradients."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
 
+from esscher.cli import run_command
 from esscher.errors import UserError
-from esscher.runtime import device
+from esscher.files import read_json
+from esscher.runtime import checkpoint, device
 from esscher.runtime import run as runner
 from support import smoke
 
-LINE = (
+PAIRS = (
     *("run", "f_dpo", "--model", "esscher.models:tiny_llama", "--log.to"),
     *("--data", "esscher.datasets:sums_compared", "--divergence", "js", "--steps", "3"),
     *("--batch-size", "4", "--learning-rate", "1e-3", "--warmup-updates", "0"),
@@ -22,33 +26,95 @@ LINE = (
 )
 
 
-def launched(processes: int, folder: Path, *more: str) -> dict[str, torch.Tensor]:
-    """The trained weights."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
-    command += ["--module", "esscher.cli", *LINE, *more, "--directory", str(folder)]
-    environment = {**os.environ, "ESSCHER_TYPECHECK": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("preference accuracy") == 1, "one process speaks"
-    return load_file(folder / "model/model.safetensors")
+def alone(line: Sequence[str], folder: Path) -> dict[str, torch.Tensor]:
+    """What this process learns."""
+    assert run_command([*line, "--directory", str(folder)]) == 0
+    return learned(folder)
+
+
+def learned(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint: weights, moments and what else a method keeps."""
+    state = checkpoint.load(folder).state
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def two(*line: str, folder: Path, **file: object) -> subprocess.CompletedProcess[str]:
+    """A command that starts two processes."""
+    path = folder.with_suffix(".yaml")
+    values = {"distributed_type": "MULTI_CPU", "num_processes": 2, "use_cpu": True, **file}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    command = [sys.executable, "-m", "esscher.cli", *line, "--directory", str(folder)]
+    environment = {**os.environ, "ESSCHER_TYPECHECK": "0", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "--runtime.accelerate", str(path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    """What a finished run of two processes has learned."""
+    assert read_json(folder / "result.json")["processes"] == 2
+    return learned(folder)
+
+
+def check_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        # Adam takes whole steps down gradients that rounding alone has made.
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=3e-5)
 
 
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
-    one, two = launched(1, tmp_path / "one"), launched(2, tmp_path / "two")
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
+    one = alone(PAIRS, tmp_path / "one")
+    done = two(*PAIRS, folder=tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("preference accuracy") == 1, "one process speaks"
+    check_close(one, trained(tmp_path / "two"))
     fresh = runner._Parts(smoke("f_dpo"))
     fresh.close()
     moved = max(
-        (value - one[name]).abs().max().item()
-        for name, value in fresh.method.model.model.state_dict().items()
-        if name in one
+        (value - one[f"method.model.{name}"]).abs().max().item()
+        for name, value in fresh.method.model.state_dict().items()
     )
     assert moved > 1e-3, "three Adam steps of 1e-3"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ["one", "two", "two.yaml"], "the second process leaves nothing"
+
+
+@pytest.mark.parametrize("slug", ["b2_diffurl", "dragon", "ddpm"])
+def test_two_processes_train_a_diffusion_model_as_one_does(slug: str, tmp_path: Path) -> None:
+    line = ["run", f"{slug}:smoke", "--log.to", "--log.every", "1", "--steps", "3"]
+    line += ["--runtime.device", "cpu", "--runtime.threads", "1", "--evaluation.episodes", "4"]
+    one = alone(line, tmp_path / "one")
+    done = two(*line, folder=tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_close(one, trained(tmp_path / "two"))
+    told = [read_rows(tmp_path / name) for name in ("one", "two")]
+    for ours, theirs in zip(*told, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def read_rows(folder: Path) -> list[dict[str, float]]:
+    """What was reported of training, without times."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    timed = ("phase", "seconds", "steps_per_second")
+    return [
+        {name: value for name, value in row.items() if name not in timed}
+        for row in rows
+        if row["phase"] == "train"
+    ]
+
+
+def test_what_goes_wrong_in_all_is_said_once(tmp_path: Path) -> None:
+    done = two(*PAIRS, "--text.max-length", "3", folder=tmp_path / "two")
+    assert done.returncode == 2
+    complaints = [line for line in done.stderr.splitlines() if line.startswith("esscher:")]
+    assert len(complaints) == 1 and "has 10 tokens, and 3 fit" in complaints[0]
+    assert "Traceback" not in done.stderr and not (tmp_path / "two").exists()
 
 
 def test_controllers_train_in_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -112,7 +112,12 @@ def load_encoder(source: str, device: torch.device, setting: str) -> tuple[nn.Mo
 
 
 def save_model(
-    policy: LanguageModel | VisionLanguage, tokenizer: Any, folder: Path, *, merged: bool = False
+    policy: LanguageModel | VisionLanguage,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    merged: bool = False,
+    state: dict[str, Any] | None = None,
 ) -> Path:
     """Write a folder that from_pretrained opens (of AutoModelForCausalLM, say), whole or not at all.
 
@@ -121,6 +126,7 @@ def save_model(
         tokenizer: saved beside it.
         folder: replaced if it is there.
         merged: write adapters into the weights that they change.
+        state: the model's whole weights; None: it holds them itself.
     """
     model = policy.model
     if merged and hasattr(model, "peft_config"):
@@ -129,7 +135,7 @@ def save_model(
         model = copy.deepcopy(model).merge_and_unload()
     with written_whole(folder) as writing:
         with without_progress_bars("transformers"):
-            model.save_pretrained(writing, safe_serialization=True)
+            model.save_pretrained(writing, safe_serialization=True, state_dict=state)
         tokenizer.save_pretrained(writing)
     return folder
 

@@ -7,7 +7,7 @@ and gives every sequence its own random numbers.
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ from esscher.functional.sequences import (
     token_log_probs,
     token_log_probs_and_entropy,
 )
+from esscher.nn.sharding import held_whole, put_together, shard
+from esscher.runtime.device import Sharding
 from esscher.samplers.decoding import Decoding
 from esscher.samplers.generation import complete
 from esscher.samplers.key_values import roomy
@@ -138,18 +140,8 @@ class LanguageModel(TrainedState):
 
         Gradient: to the model's parameters.
         """
-        with self._as_configured():
-            hidden = self._hidden(tokens, token_mask)
-            head, (targets, mask) = self.head, shifted(tokens, completion_mask)
-            logp = token_log_probs(
-                hidden[:, :-1],
-                head.weight,
-                targets,
-                mask,
-                bias=head.bias,
-                temperature=temperature,
-            )
-        return nn.functional.pad(logp, (1, 0))
+        asked = (token_log_probs, tokens, token_mask, completion_mask, temperature)
+        return nn.functional.pad(self._ask(self._of_tokens, *asked), (1, 0))
 
     def log_prob_and_entropy(
         self,
@@ -163,18 +155,8 @@ class LanguageModel(TrainedState):
 
         Gradient: to the model's parameters; none through the entropy.
         """
-        with self._as_configured():
-            hidden = self._hidden(tokens, token_mask)
-            head, (targets, mask) = self.head, shifted(tokens, completion_mask)
-            found = token_log_probs_and_entropy(
-                hidden[:, :-1],
-                head.weight,
-                targets,
-                mask,
-                bias=head.bias,
-                temperature=temperature,
-            )
-        logp, entropy = (nn.functional.pad(x, (1, 0)) for x in found)
+        asked = (token_log_probs_and_entropy, tokens, token_mask, completion_mask, temperature)
+        logp, entropy = (nn.functional.pad(x, (1, 0)) for x in self._ask(self._of_tokens, *asked))
         return logp, entropy
 
     def hidden(
@@ -184,8 +166,7 @@ class LanguageModel(TrainedState):
 
         Gradient: to the model's parameters.
         """
-        with self._as_configured():
-            return self._hidden(tokens, token_mask)
+        return self._ask(self._hidden, tokens, token_mask)
 
     def next_logits(
         self, tokens: Int[Tensor, "b t"], mask: Bool[Tensor, "b s"], cache: Any = None
@@ -196,8 +177,7 @@ class LanguageModel(TrainedState):
             tokens: all of them, or with a cache only those that it has not seen.
             mask: of all tokens so far, the cached ones included.
         """
-        with self._as_configured():
-            output = self._step(tokens, mask, cache)
+        output = self._ask(self._step, tokens, mask, cache)
         cache = getattr(output, self._cache_name)
         return output.logits[:, -1], cache if torch.is_grad_enabled() else roomy(cache)
 
@@ -235,18 +215,56 @@ class LanguageModel(TrainedState):
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """A model that recomputes activations keeps no cache while it is in training mode."""
+        """A model that recomputes activations keeps no cache while it is in training mode; one whose
+        weights are sharded is put together once and not for each token.
+        """
         training = self.model.training
         self.model.eval()
         try:
-            yield
+            with held_whole(self.model):
+                yield
         finally:
             self.model.train(training)
+
+    def shard(self, device: torch.device, sharding: Sharding) -> None:
+        """Leave this process its part of the weights (see nn/sharding.py), when all copies are made.
+
+        Raises:
+            UserError: the model has no blocks of the classes that are to be sharded.
+        """
+        blocks = sharding.blocks or tuple(getattr(self._causal, "_no_split_modules", None) or ())
+        again = sharding.reshard_after_forward
+        try:
+            shard(self.model, blocks, device, reshard_after_forward=again)
+        except ValueError as error:
+            raise UserError(
+                f"{type(self._causal).__name__} cannot be sharded block by block: {error}; name their "
+                "class in the Accelerate file (fsdp_transformer_layer_cls_to_wrap)"
+            ) from None
+
+    def _ask(self, piece: Callable[..., Any], *args: Any) -> Any:
+        with self._as_configured():
+            return put_together(self.model, piece, *args)
 
     def _as_configured(self) -> AbstractContextManager[Any]:
         if self._adapters_off:
             return _both(self.model.disable_adapter(), torch.no_grad())
         return torch.no_grad() if self._no_gradient else nullcontext()
+
+    def _of_tokens(
+        self,
+        formula: Callable[..., Any],
+        tokens: Int[Tensor, "b t"],
+        token_mask: Bool[Tensor, "b t"],
+        completion_mask: Bool[Tensor, "b t"],
+        temperature: float,
+    ) -> Any:
+        """What a formula makes of hidden states and the output matrix, at each token but the first."""
+        hidden = self._hidden(tokens, token_mask)
+        head, (targets, mask) = self.head, shifted(tokens, completion_mask)
+        return formula(
+            hidden[:, :-1], head.weight, targets, mask, bias=head.bias, temperature=temperature
+        )
 
     def _hidden(
         self, tokens: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
@@ -34,6 +34,9 @@ class RuntimeConfig:
     """bfloat16: matrix products in half the time; parameters and losses stay float32."""
     graph: Literal["auto", "eager", "compile"] = "auto"
     """How update pieces run; auto compiles runs of 20,000 steps or more where a compiler exists."""
+    accelerate: str | None = None
+    """A file that `accelerate config` wrote: the command starts the processes that it names, and they
+    train together (see docs/large_models.md)."""
 
     def __post_init__(self) -> None:
         if self.threads < 0:
@@ -71,6 +74,40 @@ class RuntimeConfig:
         return replace(self, device=device, threads=self.threads or threads, graph=graph)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How weights are divided among processes."""
+
+    blocks: tuple[str, ...] = ()
+    """Names of the classes that are put together one after the other; empty: the model says it."""
+    reshard_after_forward: bool = True
+    """Give a block's weights back between its forward and its backward pass."""
+
+
+class Shardable(Protocol):
+    """A model whose weights can be divided among processes."""
+
+    def shard(self, device: torch.device, sharding: Sharding) -> None: ...
+
+
+def sharding_asked() -> Sharding | None:
+    """What Accelerate's launcher has told this process of FSDP; None: weights stay whole.
+
+    Raises:
+        UserError: it is told of something that is not done here.
+    """
+    told = os.environ
+    if told.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    for name, permitted in (("FSDP_VERSION", "2"), ("FSDP_OFFLOAD_PARAMS", "false")):
+        require(name, told.get(name), told.get(name, permitted) == permitted, permitted)
+    names = told.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",")
+    return Sharding(
+        blocks=tuple(name.strip() for name in names if name.strip()),
+        reshard_after_forward=told.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true",
+    )
+
+
 class Runtime:
     """What a method may know of the machine: its device, and how to run its pieces fast."""
 
@@ -79,16 +116,52 @@ class Runtime:
         self.config = config
         self.device = torch.device(config.device)
         self.rank, self.world = process_rank()
+        self.sharding = sharding_asked() if self.world > 1 else None
 
-    def share(self, batch_size: int) -> int:
+    def share(self, batch_size: int, name: str = "batch_size") -> int:
         """How many rows of a batch are this process's.
+
+        Args:
+            batch_size: over all processes.
+            name: of the setting that says so.
 
         Raises:
             UserError: the processes cannot share them equally.
         """
         told = f"a multiple of the {self.world} processes"
-        require("batch_size", batch_size, batch_size % self.world == 0, told)
+        require(name, batch_size, batch_size % self.world == 0, told)
         return batch_size // self.world
+
+    def part(self, batch_size: int) -> slice:
+        """Which rows of a batch are this process's: consecutive ones, in the order of ranks.
+
+        Raises:
+            UserError: the processes cannot share them equally.
+        """
+        own = self.share(batch_size)
+        return slice(self.rank * own, (self.rank + 1) * own)
+
+    def joined(self, own: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes, equally many of each, in the order of ranks; without gradient."""
+        if self.world == 1:
+            return own
+        table = own.new_zeros((self.world, *own.shape))
+        table[self.rank] = own
+        sum_over_processes([table])
+        return table.flatten(0, 1)
+
+    @property
+    def reading_device(self) -> torch.device:
+        """Where to read a model that `prepare` is to be called with: whole, it might not fit a GPU."""
+        return self.device if self.sharding is None else torch.device("cpu")
+
+    def prepare(self, *models: "Shardable") -> None:
+        """Make models ready to be trained, or asked, by these processes together: once, when all copies
+        of them are made and before an optimiser is. Sharded where that was asked for; else nothing.
+        """
+        if self.sharding is not None:
+            for model in models:
+                model.shard(self.device, self.sharding)
 
     def autocast(self, function: Function) -> Function:
         """Run a piece in the configured precision, always eager: for shapes that change."""
@@ -135,7 +208,7 @@ def process_rank() -> tuple[int, int]:
 @torch.no_grad()
 def sum_over_processes(tensors: Sequence[torch.Tensor]) -> None:
     """Add up each tensor over the processes that train together, in place."""
-    if process_rank()[1] == 1:
+    if process_rank()[1] == 1 or not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     torch.distributed.all_reduce(flat)

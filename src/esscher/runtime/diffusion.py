@@ -189,7 +189,7 @@ class DiffusionWorld:
         assert not state
 
     def finish(self, method: Any, folder: Path) -> None:
-        if self.method_class.trains:
+        if self.method_class.trains and self.runtime.rank == 0:
             save_diffusion(method.policy, folder / "model")
 
     def close(self) -> None:

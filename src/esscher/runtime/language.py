@@ -25,12 +25,13 @@ from esscher.loops.converse import converse
 from esscher.loops.generate import generate
 from esscher.loops.offline import offline
 from esscher.loops.online import LoopState, Progress
+from esscher.nn.sharding import whole_on_cpu
 from esscher.registry import load_method
 from esscher.runtime.checkpoint import require_unchanged
 from esscher.runtime.device import Runtime
 from esscher.runtime.evaluate import Evaluation
 from esscher.runtime.rng import Phase, mix, numpy_generator, seed_phase
-from esscher.runtime.state import State
+from esscher.runtime.state import State, under
 from esscher.samplers.decoding import Decoding
 from esscher.types import Completions, Prompts
 
@@ -64,7 +65,7 @@ class LanguageWorld:
         self.stage, self.method_class = experiment.stages[-1], load_method(experiment.slug)
         self.kind = self.method_class.loop
         seed_phase(experiment.seed, 0, Phase.INITIALISE)  # For models that are made, not read.
-        model, tokenizer = load_model(self.stage.model, runtime.device)
+        model, tokenizer = load_model(self.stage.model, runtime.reading_device)
         self.digest = digest_of(model)
         self.spec = TextSpec(
             model=model, tokenizer=tokenizer, max_length=_fitting(self.stage.text, model)
@@ -138,7 +139,12 @@ class LanguageWorld:
         assert not state
 
     def finish(self, method: Any, folder: Path) -> None:
-        save_model(method.policy, self.spec.tokenizer, folder / "model")
+        first = self.runtime.rank == 0
+        state = None
+        if self.runtime.sharding is not None:  # All processes give their parts.
+            state = whole_on_cpu(under("model", method.policy.state_dict()), keep=first)
+        if first:
+            save_model(method.policy, self.spec.tokenizer, folder / "model", state=state)
 
     def close(self) -> None:
         if self.judge is not None:

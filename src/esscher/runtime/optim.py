@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from esscher.nn.sharding import is_sharded, own_part
 from esscher.runtime.device import sum_over_processes
 from esscher.runtime.state import Stateful
 
@@ -15,7 +16,7 @@ Part = TypeVar("Part")
 
 
 class Optim(Stateful):
-    """Adam (AdamW with `weight_decay`) on a fixed list of parameters.
+    """Adam (AdamW with `weight_decay`) on a fixed list of parameters, whole or in shards.
 
     The update is torch's own fused kernel, called directly with one step counter for all parameters:
     the optimiser class around it spends more time in Python than the kernel does on networks of this
@@ -47,6 +48,7 @@ class Optim(Stateful):
             raise ValueError(f"learning_rate must be > 0, got {learning_rate}")
         self._betas, self._epsilon, self._weight_decay = betas, epsilon, weight_decay
         self._max_grad_norm = max_grad_norm
+        self._sharded = any(is_sharded(p) for p in self._params)
         self.learning_rate = float(learning_rate)
         self.first_moment = [torch.zeros_like(p, requires_grad=False) for p in self._params]
         self.second_moment = [torch.zeros_like(p, requires_grad=False) for p in self._params]
@@ -54,9 +56,7 @@ class Optim(Stateful):
 
     def minimize(self, loss: Float[Tensor, ""]) -> None:
         """One step down the gradient of `loss`, which is taken for these parameters alone."""
-        gradients = torch.autograd.grad(loss, self._params, allow_unused=True)
-        pairs = zip(self._params, gradients, strict=True)
-        self.apply([torch.zeros_like(p) if g is None else g for p, g in pairs])
+        self.apply(self._gradients(loss))
 
     def minimize_sum(
         self, loss: Callable[[Part], Float[Tensor, ""]], parts: Iterable[Part]
@@ -65,38 +65,66 @@ class Optim(Stateful):
 
         The parts are micro-batches: of their activations only one part's are held at a time. The
         denominators in `loss` must be those of the whole batch; then it does not matter how it is cut.
+        A process may have no parts.
         """
         total: list[Tensor] = []
         for part in parts:
-            gradients = torch.autograd.grad(loss(part), self._params, allow_unused=True)
-            pairs = zip(self._params, gradients, strict=True)
-            filled = [torch.zeros_like(p) if g is None else g for p, g in pairs]
+            gradients = self._gradients(loss(part))
             if total:
-                torch._foreach_add_(total, filled)
+                torch._foreach_add_(self._own(total), self._own(gradients))
             else:
-                total = filled
-        sum_over_processes(total)
+                total = gradients
+        total = total or [torch.zeros_like(p) for p in self._params]
+        sum_over_processes([gradient for gradient in total if not is_sharded(gradient)])
         self.apply(total)
+
+    def _gradients(self, loss: Float[Tensor, ""]) -> list[Tensor]:
+        """Of these parameters alone; where those are sharded already added up over the processes."""
+        if self._sharded:
+            # The weights that a sharded model computed with are put together anew each time, and what
+            # it hands their gradients over to are the parts of its own.
+            loss.backward()
+            gradients = [p.grad for p in self._params]
+            for parameter in self._params:
+                parameter.grad = None
+        else:
+            gradients = torch.autograd.grad(loss, self._params, allow_unused=True)
+        pairs = zip(self._params, gradients, strict=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in pairs]
 
     @torch.no_grad()
     def apply(self, gradients: list[Tensor]) -> None:
         """One step against these gradients, one a parameter."""
         if self._max_grad_norm is not None:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            scale = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            gradients = [gradient * scale for gradient in gradients]
+            scale = (self._max_grad_norm / (self._norm(gradients) + 1e-6)).clamp(max=1.0)
+            gradients = [gradient * scale for gradient in self._own(gradients)]
         self.num_steps.add_(1)
         if torch.compiler.is_compiling():
             self._traced_step(gradients)
         else:
             self._fused_step(gradients)
 
+    def _norm(self, gradients: list[Tensor]) -> Float[Tensor, ""]:
+        """Joint 2-norm of whole gradients."""
+        norms = torch.stack(torch._foreach_norm(self._own(gradients)))
+        if not self._sharded:
+            return torch.linalg.vector_norm(norms)
+        shared = torch.tensor([is_sharded(g) for g in gradients], device=norms.device)
+        squares = norms.square()
+        elsewhere = (squares * shared).sum()
+        sum_over_processes([elsewhere])
+        return (elsewhere + (squares * ~shared).sum()).sqrt()
+
+    def _own(self, tensors: list[Tensor]) -> list[Tensor]:
+        """What this process holds of each."""
+        return [own_part(tensor) for tensor in tensors] if self._sharded else tensors
+
     def _fused_step(self, gradients: list[Tensor]) -> None:
         torch.ops.aten._fused_adamw_(
-            self._params,
-            gradients,
-            self.first_moment,
-            self.second_moment,
+            self._own(self._params),
+            self._own(gradients),
+            self._own(self.first_moment),
+            self._own(self.second_moment),
             [],
             [self.num_steps] * len(self._params),
             lr=self.learning_rate,

@@ -18,6 +18,7 @@ from esscher.errors import UserError, disk_full
 from esscher.experiment import Experiment
 from esscher.files import read_json, readable
 from esscher.loops.online import LoopState, Progress, crossed
+from esscher.nn.sharding import whole_on_cpu
 from esscher.registry import load_method
 from esscher.runtime import checkpoint as checkpoints
 from esscher.runtime.checkpoint import write_atomically
@@ -25,10 +26,12 @@ from esscher.runtime.device import (
     Runtime,
     join_processes,
     process_rank,
+    sharding_asked,
     sum_over_processes,
 )
 from esscher.runtime.display import Display
 from esscher.runtime.evaluate import Evaluation
+from esscher.runtime.launch import refuse_unstarted
 from esscher.runtime.metrics import Averager, MetricsLog
 from esscher.runtime.rng import Phase, seed_phase
 from esscher.runtime.state import State, under
@@ -85,10 +88,11 @@ def resume(directory: str | Path, *, step: int | None = None, display: bool = Tr
         UserError: not a run folder, a damaged checkpoint, or one of another version.
     """
     shared = Path(directory)
-    _join(read_experiment(shared))  # Whatever is wrong with the folder is said first.
+    experiment = read_experiment(shared)  # Whatever is wrong with the folder is said first.
     result = read_result(shared)
     if result is not None and step is None:
         return result
+    _join(experiment)
     fresh = step is None and not checkpoints.steps(shared)
     checkpoint = None if fresh else checkpoints.load(shared, step)
     with _own_folder(shared) as run_folder:
@@ -106,16 +110,26 @@ def write_config(experiment: Experiment, run_folder: Path, *, tried: bool = Fals
     Raises:
         UserError: the folder exists and is not empty, or the experiment cannot run here.
     """
-    if run_folder.exists() and any(run_folder.iterdir()):
-        known = (run_folder / "config.json").exists()
-        remedy = f"esscher resume {run_folder} goes on with it" if known else "it is not a run"
-        raise UserError(f"{run_folder} exists: {remedy}; or choose another --directory")
+    check_unused(run_folder)
     check_trackers(experiment.log.to)
+    refuse_unstarted(experiment)
     experiment = experiment.resolved()
     if not tried:  # Every complaint about the input comes before anything is written.
         _Parts(experiment).close()
     run_folder.mkdir(parents=True, exist_ok=True)
     write_atomically(run_folder / "config.json", json.dumps(experiment.to_json(), indent=2))
+
+
+def check_unused(run_folder: Path) -> None:
+    """Raise where a run cannot begin in a folder.
+
+    Raises:
+        UserError: it exists and is not empty.
+    """
+    if run_folder.exists() and any(run_folder.iterdir()):
+        known = (run_folder / "config.json").exists()
+        remedy = f"esscher resume {run_folder} goes on with it" if known else "it is not a run"
+        raise UserError(f"{run_folder} exists: {remedy}; or choose another --directory")
 
 
 def read_experiment(run_folder: Path) -> Experiment:
@@ -369,8 +383,10 @@ class _Run:
             "spec": parts.world.describe(),
         }
         rows = parts.experience if hasattr(parts.experience, "put_rows") else None
-        keep = self.experiment.checkpoint.keep
-        checkpoints.save(self.folder, parts.loop.step, parts.state_dict(), meta, rows, keep)
+        keep, first = self.experiment.checkpoint.keep, parts.runtime.rank == 0
+        state = whole_on_cpu(parts.state_dict(), keep=first)  # All processes give their parts.
+        if first:
+            checkpoints.save(self.folder, parts.loop.step, state, meta, rows, keep)
 
     def _exact_because(self) -> str:
         reason = self.parts.inexact_because
@@ -398,6 +414,7 @@ class _Run:
             "seconds": self.seconds,
             **evaluation.to_json(),
             "lengths": evaluation.lengths,
+            "processes": self.parts.runtime.world,
             "esscher_version": __version__,
             "machine": checkpoints.machine(),
         }
@@ -425,12 +442,18 @@ def _join(experiment: Experiment) -> None:
     Raises:
         UserError: the method cannot share its work.
     """
+    refuse_unstarted(experiment)
     join_processes(experiment.runtime.device)
     world = process_rank()[1]
-    if world > 1 and load_method(experiment.slug).world != "language":
+    if world > 1 and not load_method(experiment.slug).shares:
         raise UserError(
             f"{experiment.slug} trains in one process, and {world} were started: use esscher sweep "
             "for many runs at once"
+        )
+    if world > 1 and sharding_asked() is not None and not load_method(experiment.slug).shards:
+        raise UserError(
+            f"{experiment.slug} needs whole weights in every process, and these were started to shard "
+            "them (FSDP): start them with distributed_type MULTI_GPU or MULTI_CPU"
         )
 
 

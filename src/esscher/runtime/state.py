@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esscher.nn.sharding import placed_like
+
 State = dict[str, Any]
 """Flat: dotted name -> tensor or JSON scalar."""
 
@@ -80,7 +82,7 @@ def _collect(value: Any, owner: str, name: str, state: State) -> None:
 def _restore(value: Any, name: str, state: State) -> Any:
     if isinstance(value, Tensor):
         with torch.no_grad():
-            value.copy_(state[name])
+            value.copy_(placed_like(state[name], value))
         return value
     if isinstance(value, SCALARS):
         return state[name]

@@ -44,7 +44,7 @@ The step to noise level 0, where a schedule has one, draws nothing and is in no 
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,7 +69,7 @@ from esscher.functional.diffusion import gaussian_log_prob, reverse_kernel, reve
 from esscher.functional.surrogates import clipped_ratio_terms
 from esscher.method import Judge, Method, Paper
 from esscher.proof import Check, Claim, Figures, FinishedRun, Proof
-from esscher.runtime.device import Runtime, RuntimeConfig
+from esscher.runtime.device import Runtime, RuntimeConfig, sum_over_processes
 from esscher.runtime.optim import Optim
 from esscher.runtime.state import State
 from esscher.samplers.denoisers import Condition, repeated, rows_of
@@ -127,7 +127,7 @@ class Config:
     epochs: int = 2
     """Passes over what was selected, >= 1 (config file: 10)."""
     batch_size: int = 256
-    """Conditions an iteration, in [1, all]."""
+    """Conditions an iteration, over all processes, in [1, all]."""
     draw_batch_size: int = 8
     """Starts, each with its branches, that are drawn and judged at once, >= 0; 0: all. Changes what is
     drawn, not how it is distributed."""
@@ -263,9 +263,12 @@ class B2DiffuRL(Method):
     loop = "draw"
     rewarded = True
     headline = "reward"
+    shares = True
 
     def __init__(self, cfg: Config, spec: ImageSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
+        for name in ("batch_size", "draw_batch_size"):  # Said before work starts where they cannot.
+            runtime.share(getattr(cfg, name), name)
         self.model = spec.model
         self._reference = spec.model.frozen()
         self._denoise = _in_full_precision(runtime, self.model.guided(cfg.scale))
@@ -315,24 +318,37 @@ class B2DiffuRL(Method):
         chain, rewards = self.drawn(asked, reward, suffix)
         advantage = self.advantages(rewards, asked.row, step)
         kept = self.selected(advantage)
-        chosen = kept.nonzero().squeeze(-1)
+        place, held = kept.cumsum(0) - 1, self.held(len(asked))
+        chosen, count = kept[held].nonzero().squeeze(-1), int(kept.sum())
         told = {
             "reward": rewards.mean(),
             "reward_std": rewards.std(correction=0),
             "suffix": torch.tensor(float(suffix)),
             "kept": kept.float().mean(),
             "kept_positive": (kept & (advantage > 0)).float().mean(),
-            "skipped": torch.tensor(float(len(chosen) == 0)),
+            "skipped": torch.tensor(float(count == 0)),
         }
-        if len(chosen) > 0:
-            told |= self.learn(self.paths(asked, chain, advantage).index(chosen), chain.sigma)
+        if count > 0:
+            paths = self.paths(asked, chain, advantage).index(chosen)
+            told |= self.learn(paths, chain.sigma, place[held[chosen]], count)
         return told, rewards
+
+    def held(self, num_conditions: int) -> Int[Tensor, "m"]:
+        """Numbers of the samples that this process draws and learns from: its share of each part that
+        is drawn at once.
+        """
+        cfg, starts = self.cfg, num_conditions * self.cfg.copies
+        numbers = torch.arange(starts * cfg.branches, device=self.runtime.device)
+        parts = numbers.view(starts, -1).split(cfg.draw_batch_size or starts)
+        return torch.cat([part[self.runtime.part(len(part))] for part in parts]).flatten()
 
     # ---- drawing
 
     @torch.no_grad()
     def drawn(self, asked: Asked, reward: Judge, suffix: int) -> tuple[Chain, Float[Tensor, "n"]]:
-        """Paths from the fork on, branches of a fork one after the other, and their rewards."""
+        """Paths from the fork on of the samples that this process draws, branches of a fork one after
+        the other, and the rewards of all.
+        """
         cfg = self.cfg
         starts = len(asked) * cfg.copies
         rows = [row for row in asked.rows for _ in range(cfg.copies * cfg.branches)]
@@ -343,25 +359,33 @@ class B2DiffuRL(Method):
             part = rows_of(condition, slice(start, stop))
             chains.append(self.branched(part, stop - start, suffix))
             theirs = rows[start * cfg.branches : stop * cfg.branches]
-            rewards.append(reward(chains[-1].x[-1], theirs))
+            theirs = theirs[self.runtime.part(len(theirs))]
+            rewards.append(self.runtime.joined(reward(chains[-1].x[-1], theirs)))
         x, logp = (
             torch.cat([getattr(chain, name) for chain in chains], 1) for name in ("x", "logp")
         )
         return Chain(x=x, sigma=chains[0].sigma, logp=logp), torch.cat(rewards)
 
     def branched(self, condition: Condition, count: int, suffix: int) -> Chain:
-        """The last `suffix` steps of `branches` samples from each of `count` starts."""
+        """The last `suffix` steps of `branches` samples from each of `count` starts, of which this
+        process takes its share.
+        """
         cfg, model = self.cfg, self.model
         levels = model.levels(cfg.draw_steps)
         fork = max(len(levels) - 1 - suffix, 0)
 
-        def noise_for(like: Tensor) -> Callable[[int], Tensor]:
-            return lambda step: torch.randn_like(like)
+        def noise(rows: int) -> Tensor:
+            """All processes draw that of all samples, so that it does not matter how many there are."""
+            drawn = torch.randn(rows, *model.shape, device=model.device)
+            return drawn[self.runtime.part(rows)]
 
-        x = float(levels[0]) * torch.randn(count, *model.shape, device=model.device)
+        x = float(levels[0]) * noise(count)
+        condition = rows_of(condition, self.runtime.part(count))
         if fork > 0:
-            shared, noise = levels[: fork + 1], noise_for(x)
-            x = solve(self._denoise, x, shared, condition, eta=cfg.eta, noise=noise)
+            shared = levels[: fork + 1]
+            x = solve(
+                self._denoise, x, shared, condition, eta=cfg.eta, noise=lambda step: noise(count)
+            )
         x, condition = x.repeat_interleave(cfg.branches, 0), repeated(condition, cfg.branches)
         return ancestral(
             self._denoise,
@@ -369,7 +393,7 @@ class B2DiffuRL(Method):
             levels[fork:],
             condition,
             eta=cfg.eta,
-            noise=noise_for(x),
+            noise=lambda step: noise(count * cfg.branches),
             reduction=cfg.reduction,
         )
 
@@ -412,46 +436,82 @@ class B2DiffuRL(Method):
     # ---- learning
 
     def paths(self, asked: Asked, chain: Chain, advantage: Float[Tensor, "n"]) -> Paths:
-        """Samples with what their steps are weighted by."""
-        cfg = self.cfg
+        """The samples that this process holds, with what their steps are weighted by.
+
+        Args:
+            asked: all that is drawn in the iteration.
+            chain: theirs.
+            advantage: of all samples.
+        """
+        cfg, held = self.cfg, self.held(len(asked))
+        advantage = advantage[held]
         num_draws = int((chain.sigma[1:] > 0).sum())
         bounded = advantage.clamp(-cfg.advantage_clip, cfg.advantage_clip)
         weight = torch.where(advantage > 0, cfg.positive_weight, cfg.negative_weight)
         return Paths(
             x=chain.x.transpose(0, 1),
-            condition=repeated(asked.condition, cfg.copies * cfg.branches),
+            condition=rows_of(repeated(asked.condition, cfg.copies * cfg.branches), held),
             old_logp=chain.logp[:num_draws].transpose(0, 1),
             advantage=bounded * weight,
         )
 
-    def learn(self, paths: Paths, sigma: Float[Tensor, "levels"]) -> Metrics:
-        """The epochs of a stage."""
-        count = len(paths)
+    def learn(
+        self,
+        paths: Paths,
+        sigma: Float[Tensor, "levels"],
+        place: Int[Tensor, "n"] | None = None,
+        count: int | None = None,
+    ) -> Metrics:
+        """The epochs of a stage.
+
+        Args:
+            paths: what this process holds of the samples that are learned from.
+            sigma: noise levels of the paths.
+            place: of each among those of all processes; None: these are all.
+            count: of those of all processes; None: these are all.
+        """
+        place = torch.arange(len(paths), device=paths.x.device) if place is None else place
+        count = len(paths) if count is None else count
+        here = torch.full((count,), -1, device=paths.x.device)
+        here[place] = torch.arange(len(paths), device=paths.x.device)
         minibatches = -(-count // self.cfg.minibatch_size)
         reports: list[Metrics] = []
         for _ in range(self.cfg.epochs):
-            order = torch.randperm(count, device=paths.x.device)
+            order = here[torch.randperm(count, device=paths.x.device)]
             reports += [
-                self.descend(paths, part, sigma) for part in order.tensor_split(minibatches)
+                self.descend(paths, part[part >= 0], sigma, len(part))
+                for part in order.tensor_split(minibatches)
             ]
-        return {name: torch.stack([r[name] for r in reports]).mean() for name in reports[0]}
+        told = {name: torch.stack([r[name] for r in reports]).mean() for name in reports[0]}
+        sum_over_processes(list(told.values()))
+        return told
 
     def descend(
-        self, paths: Paths, rows: Int[Tensor, "m"], sigma: Float[Tensor, "levels"]
+        self, paths: Paths, rows: Int[Tensor, "m"], sigma: Float[Tensor, "levels"], count: int
     ) -> Metrics:
-        """One step of the optimiser, down the mean over all steps of these samples."""
+        """One step of the optimiser, down the mean over all steps of a minibatch; what it reports is
+        this process's share.
+
+        Args:
+            paths: what this process holds.
+            rows: those of them in the minibatch, perhaps none.
+            sigma: noise levels of the paths.
+            count: samples of the minibatch in all processes.
+        """
         num_steps = paths.old_logp.shape[1]
         pairs = torch.cartesian_prod(rows, torch.arange(num_steps, device=rows.device))
-        reports: list[Metrics] = []
+        zero = torch.zeros((), device=paths.x.device)
+        reports: list[Metrics] = [dict.fromkeys(("loss", "outside_clip", "step_kl"), zero)]
 
         def loss(part: Int[Tensor, "p 2"]) -> Float[Tensor, ""]:
             terms, outside, distance = self.terms(paths, part[:, 0], part[:, 1], sigma)
             named = {"loss": terms, "outside_clip": outside, "step_kl": distance}
-            sums = {name: value.sum() / len(pairs) for name, value in named.items()}
+            sums = {name: value.sum() / (count * num_steps) for name, value in named.items()}
             reports.append({name: value.detach() for name, value in sums.items()})
             return sums["loss"]
 
-        self.opt.minimize_sum(loss, pairs.split(self.cfg.micro_batch_size or len(pairs)))
+        parts = pairs.split(self.cfg.micro_batch_size or len(pairs)) if len(pairs) > 0 else ()
+        self.opt.minimize_sum(loss, parts)
         return {name: torch.stack([r[name] for r in reports]).sum() for name in reports[0]}
 
     def terms(

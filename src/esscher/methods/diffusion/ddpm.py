@@ -28,7 +28,7 @@ from esscher.experience.conditions import RealSamples, SampleBatches
 from esscher.experiment import CheckpointConfig, EvaluationConfig, Experiment, ModelConfig
 from esscher.functional.diffusion import Prediction, denoising_terms, over
 from esscher.method import Method, Paper
-from esscher.runtime.device import Runtime
+from esscher.runtime.device import Runtime, sum_over_processes
 from esscher.runtime.optim import Optim, polyak
 from esscher.samplers.denoisers import Condition, expanded, rows_of
 from esscher.samplers.solvers import Solver
@@ -60,7 +60,7 @@ class Config:
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this length, > 0."""
     batch_size: int = 128
-    """Samples an update, >= 1."""
+    """Samples an update, over all processes, >= 1."""
     micro_batch_size: int = 0
     """Samples whose activations are held at once, >= 0; 0: all. Does not change the objective."""
     average: float = 0.999
@@ -94,9 +94,11 @@ class DDPM(Method):
     loop = "offline"
     data = "required"
     headline = "loss"
+    shares = True
 
     def __init__(self, cfg: Config, spec: ImageSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
+        runtime.share(cfg.batch_size)  # Said before work starts where they cannot.
         self.model = spec.model
         self.model.guided(cfg.scale)  # Refuses what it cannot do.
         self.average = spec.model.averaged() if cfg.average else spec.model
@@ -129,12 +131,15 @@ class DDPM(Method):
             return losses[-1]
 
         self.opt.learning_rate = cfg.learning_rate * min(1, (step + 1) / max(cfg.warmup_updates, 1))
-        places = torch.arange(count, device=batch.x.device)
+        # All processes draw the same noise levels and noise, and each learns from its own rows.
+        places = torch.arange(count, device=batch.x.device)[self.runtime.part(count)]
         self.opt.minimize_sum(loss, places.split(cfg.micro_batch_size or count))
         if self.average is not self.model:
             # A young average would be the weights that it began with.
             polyak(self.average, self.model, max(1 - cfg.average, 1 / (step + 2)))
-        return {"loss": torch.stack(losses).detach().sum()}
+        total = torch.stack(losses).detach().sum()
+        sum_over_processes([total])
+        return {"loss": total}
 
     def denoising_terms(
         self,

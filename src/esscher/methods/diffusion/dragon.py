@@ -76,7 +76,7 @@ from esscher.functional.sets import frechet_distance, moments, vendi_score
 from esscher.images import mixture
 from esscher.method import Judge, Method, Paper
 from esscher.proof import Check, Claim, Figures, FinishedRun, Proof
-from esscher.runtime.device import Runtime, RuntimeConfig
+from esscher.runtime.device import Runtime, RuntimeConfig, sum_over_processes
 from esscher.runtime.optim import Optim, polyak
 from esscher.samplers.denoisers import Condition, repeated, rows_of
 from esscher.samplers.solvers import Solver
@@ -114,7 +114,7 @@ class Config:
     passes: int = 1
     """Of rewards of sets: how often every pair may change places, >= 1 (a choice)."""
     batch_size: int = 64
-    """Conditions an iteration, of two samples each, in [1, 100,000] (a choice)."""
+    """Conditions an iteration, of two samples each, over all processes, in [1, 100,000] (a choice)."""
     inner_steps: int = 4
     """Optimiser steps on the samples of an iteration, each at noise of its own, >= 1 (a choice)."""
     micro_batch_size: int = 0
@@ -161,9 +161,11 @@ class DRAGON(Method):
     loop = "draw"
     rewarded = True
     headline = "reward_difference"
+    shares = True
 
     def __init__(self, cfg: Config, spec: ImageSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
+        runtime.share(cfg.batch_size)  # Said before work starts where they cannot.
         self.model = spec.model
         self.model.guided(cfg.scale)  # Refuses what it cannot do.
         self.average = spec.model.averaged() if cfg.average else spec.model
@@ -204,15 +206,19 @@ class DRAGON(Method):
     def _judged(
         self, condition: Condition, rows: Sequence[Mapping[str, Any]], reward: Judge
     ) -> tuple[Float[Tensor, "m *d"], Float[Tensor, "m *e"]]:
-        """A sample each of the newest model, and its reward, or its embedding for one of sets."""
+        """A sample each of the newest model, and its reward, or its embedding for one of sets; each
+        process draws its share.
+        """
         judge = reward.embed if reward.of_sets else reward
         seeds = torch.randint(2**62, (len(rows),)).tolist()
         drawn, judged = [], []
-        size = 2 * self.cfg.micro_batch_size or len(rows)
-        for part in (slice(start, start + size) for start in range(0, len(rows), size)):
-            drawn.append(self._draw(self.model, rows_of(condition, part), seeds[part]))
-            judged.append(judge(drawn[-1], rows[part]))
-        return torch.cat(drawn), torch.cat(judged)
+        here = range(len(rows))[self.runtime.part(len(rows))]
+        size = 2 * self.cfg.micro_batch_size or len(here)
+        for part in (here[start : start + size] for start in range(0, len(here), size)):
+            places = slice(part.start, part.stop)
+            drawn.append(self._draw(self.model, rows_of(condition, places), seeds[places]))
+            judged.append(judge(drawn[-1], rows[places]))
+        return self.runtime.joined(torch.cat(drawn)), self.runtime.joined(torch.cat(judged))
 
     @torch.no_grad()
     def divided(
@@ -248,7 +254,8 @@ class DRAGON(Method):
     def descend(
         self, x: Float[Tensor, "m *d"], condition: Condition, split: Int[Tensor, "n 2"]
     ) -> Metrics:
-        """An optimiser step on both sets, each pair at a noise level and with noise of its own.
+        """An optimiser step on both sets, each pair at a noise level and with noise of its own; each
+        process takes its share of the pairs.
 
         Args:
             x: all samples.
@@ -258,7 +265,8 @@ class DRAGON(Method):
         cfg, count = self.cfg, len(split)
         members = split[:, :1] if cfg.loss == "sft" else split
         sigma, noise = self.model.noise_levels(count), torch.randn_like(x[:count])
-        parts = torch.arange(count, device=x.device).split(cfg.micro_batch_size or count)
+        here = torch.arange(count, device=x.device)[self.runtime.part(count)]
+        parts = here.split(cfg.micro_batch_size or count)
         found: list[tuple[Tensor, Tensor]] = []
 
         def errors(model: DiffusionModel, rows: Tensor) -> Float[Tensor, "b k"]:
@@ -267,9 +275,11 @@ class DRAGON(Method):
         with torch.no_grad():
             ref_error, baseline = sigma.new_zeros(members.shape), sigma.new_zeros(())
             if cfg.loss != "sft":
-                ref_error = torch.cat([errors(self._reference, rows) for rows in parts])
+                error = torch.cat([errors(self._reference, rows) for rows in parts])
+                ref_error = self.runtime.joined(error)
             if cfg.loss == "kto":  # Of all parts, so that it does not matter how they are cut.
                 error = torch.cat([errors(self.model, rows) for rows in parts])
+                error = self.runtime.joined(error)
                 baseline = kto_baseline(implicit_reward(error, ref_error))
 
         def loss(rows: Tensor) -> Float[Tensor, ""]:
@@ -286,6 +296,8 @@ class DRAGON(Method):
         if cfg.loss != "sft":
             better, worse = implicit.unbind(-1)
             told["implicit_accuracy"] = ((better > worse) + 0.5 * (better == worse)).mean()
+        told = {name: value / self.runtime.world for name, value in told.items()}
+        sum_over_processes(list(told.values()))
         return told
 
     def errors(

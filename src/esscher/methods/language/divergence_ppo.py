@@ -137,6 +137,7 @@ class DivergencePPO(Method):
     rows = "prompts"
     data = "optional"
     headline = "reward"
+    shares = True
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)

@@ -307,6 +307,7 @@ class FDPG(Method):
     rows = "prompts"
     data = "optional"
     headline = "jensen_shannon"
+    shares = True
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)

@@ -128,11 +128,16 @@ class FDPO(Method):
     data = "optional"
     rows = "pairs"
     headline = "accuracy"
+    shares = True
+    shards = True
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
         self.model = spec.model
         self._reference = spec.model.frozen()
+        if runtime.sharding is not None:  # All processes must ask the model equally often.
+            runtime.share(cfg.batch_size)
+        runtime.prepare(self.model, self._reference)
         self.opt = Optim(
             self.model.trained,
             cfg.learning_rate,

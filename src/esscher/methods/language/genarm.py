@@ -177,6 +177,7 @@ class GenARM(Method):
     data = "optional"
     rows = "pairs"
     headline = "accuracy"
+    shares = True
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)

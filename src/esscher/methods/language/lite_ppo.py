@@ -284,6 +284,8 @@ class LitePPO(Method):
     rows = "prompts"
     data = "optional"
     headline = "reward"
+    shares = True
+    shards = True
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
@@ -291,6 +293,9 @@ class LitePPO(Method):
         require("num_minibatches", count, own % count == 0, f"a divisor of a process's {own} rows")
         self.model = spec.model
         self._reference = spec.model.frozen() if cfg.kl_coefficient > 0 else None
+        runtime.prepare(self.model)
+        if self._reference is not None:
+            runtime.prepare(self._reference)
         self.opt = Optim(self.model.trained, cfg.learning_rate, max_grad_norm=cfg.max_grad_norm)
         zero = torch.zeros((), dtype=torch.float64, device=runtime.device)
         self.reward_moments = [zero.clone() for _ in range(3)]

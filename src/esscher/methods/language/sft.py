@@ -71,10 +71,15 @@ class SFT(Method):
     data = "optional"
     rows = "demonstrations"
     headline = "loss"
+    shares = True
+    shards = True
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
         self.model = spec.model
+        if runtime.sharding is not None:  # All processes must ask the model equally often.
+            runtime.share(cfg.batch_size)
+        runtime.prepare(self.model)
         self.opt = Optim(
             self.model.trained,
             cfg.learning_rate,
