@@ -97,6 +97,18 @@ def test_two_processes_train_a_diffusion_model_as_one_does(slug: str, tmp_path: 
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize("slug", ["lite_ppo", "f_dpg", "divergence_ppo"])
+def test_two_processes_write_and_learn_what_one_does(slug: str, tmp_path: Path) -> None:
+    line = ["run", f"{slug}:smoke", "--log.to", "--log.every", "1", "--steps", "3"]
+    line += ["--runtime.device", "cpu", "--runtime.threads", "1", "--evaluation.episodes", "4"]
+    if slug != "f_dpg":
+        line += ["--method.num-minibatches", "1"]  # Which rows are together is each process's own.
+    one = alone(line, tmp_path / "one")
+    done = two(*line, folder=tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_close(one, trained(tmp_path / "two"))
+
+
 def read_rows(folder: Path) -> list[dict[str, float]]:
     """What was reported of training, without times."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

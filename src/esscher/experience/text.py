@@ -67,8 +67,9 @@ class Batches(Generic[AnyRecord]):
     def batch(self, step: int) -> AnyRecord:
         """The batch of a step, counted from 1."""
         start = (step - 1) * self.batch_size
-        places = range(start + self.text.rank, start + self.batch_size, self.text.world)
-        rows = [self._order.row(place) for place in places]
+        own = self.batch_size // self.text.world  # Consecutive, as the draws for them are.
+        first = start + self.text.rank * own
+        rows = [self._order.row(place) for place in range(first, first + own)]
         return self._collate(rows, [self.text.train[row] for row in rows], self.text.pad_token)
 
     def state_dict(self) -> dict[str, Any]:

@@ -145,10 +145,11 @@ class Runtime:
         """The rows of all processes, equally many of each, in the order of ranks; without gradient."""
         if self.world == 1:
             return own
-        table = own.new_zeros((self.world, *own.shape))
+        kind = torch.int64 if own.dtype == torch.bool else own.dtype  # Truths have no sum.
+        table = own.new_zeros((self.world, *own.shape), dtype=kind)
         table[self.rank] = own
         sum_over_processes([table])
-        return table.flatten(0, 1)
+        return table.flatten(0, 1).to(own.dtype)
 
     @property
     def reading_device(self) -> torch.device:

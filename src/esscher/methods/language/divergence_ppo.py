@@ -176,13 +176,18 @@ class DivergencePPO(Method):
             order = torch.randperm(len(rollouts), device=rollouts.tokens.device)
             minibatches = order.view(cfg.num_minibatches, -1)
             reports += [self.descend(rollouts.index(index)) for index in minibatches]
-        log_ratio = rollouts.old_logp - rollouts.ref_logp
         told = {name: torch.stack([r[name] for r in reports]).mean() for name in reports[0]}
+        terms = penalty_terms(rollouts.old_logp - rollouts.ref_logp, cfg.generator)
+        divergence, count = masked_sum(terms, rollouts.mask), rollouts.mask.sum()
+        sum_over_processes([*told.values(), divergence, count])
+        reward, valid, length = (
+            self.runtime.joined(x) for x in (scored.reward, scored.valid, rollouts.mask.sum(1))
+        )
         return told | {
-            "reward": masked_mean(scored.reward, scored.valid),
-            "divergence": masked_mean(penalty_terms(log_ratio, cfg.generator), rollouts.mask),
-            "completion_length": rollouts.mask.sum(1).double().mean(),
-            "failed_rewards": (~scored.valid).double().mean(),
+            "reward": masked_mean(reward, valid),
+            "divergence": divergence / count.clamp(min=1),
+            "completion_length": length.double().mean(),
+            "failed_rewards": (~valid).double().mean(),
         }
 
     @torch.no_grad()
@@ -219,9 +224,21 @@ class DivergencePPO(Method):
             mask=mask,
             old_logp=old_logp,
             ref_logp=ref_logp,
-            advantage=masked_whiten(advantage, mask),
+            advantage=self.whitened(advantage, mask),
             returns=advantage + value,
         )
+
+    def whitened(
+        self, advantage: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]
+    ) -> Float[Tensor, "b t"]:
+        """With mean 0 and standard deviation 1 over the tokens of all processes."""
+        runtime, (rows, width) = self.runtime, advantage.shape
+        widest = int(runtime.joined(torch.tensor([width], device=advantage.device)).max())
+        everywhere = [
+            runtime.joined(nn.functional.pad(x, (0, widest - width))) for x in (advantage, mask)
+        ]
+        own = slice(runtime.rank * rows, (runtime.rank + 1) * rows)
+        return masked_whiten(*everywhere)[own, :width]
 
     def token_rewards(
         self, reward: Float[Tensor, "b"], log_ratio: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]

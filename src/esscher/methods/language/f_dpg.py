@@ -467,10 +467,10 @@ class FDPG(Method):
         held = self.collected
         shape = (-1, self.cfg.group_size)
         held.add(
-            self.of_all(torch.tensor(self._asked, device=self.runtime.device)),
-            self.of_all((samples.log_target - samples.log_proposal).view(shape)),
-            self.of_all(samples.valid.view(shape).long()).bool(),
-            self.of_all(samples.features.view(*shape, samples.features.shape[1])),
+            self.runtime.joined(torch.tensor(self._asked, device=self.runtime.device)),
+            self.runtime.joined((samples.log_target - samples.log_proposal).view(shape)),
+            self.runtime.joined(samples.valid.view(shape)),
+            self.runtime.joined(samples.features.view(*shape, samples.features.shape[1])),
         )
         if held.full:
             names = [name for name, _ in self.cfg.moments]
@@ -502,9 +502,9 @@ class FDPG(Method):
             if not running:
                 partition = Partition(len(partition.count), self.runtime.device)
             partition.update(
-                self.of_all(prompt).tolist() if self.runtime.world > 1 else self._asked,
-                self.of_all((log_target - samples.log_proposal).view(shape)),
-                self.of_all(samples.valid.view(shape).long()).bool(),
+                self.runtime.joined(prompt).tolist(),
+                self.runtime.joined((log_target - samples.log_proposal).view(shape)),
+                self.runtime.joined(samples.valid.view(shape)),
             )
             log_partition = partition.log_mean[prompt].repeat_interleave(cfg.group_size)
         return replaced(samples, log_target=log_target, log_partition=log_partition)
@@ -539,7 +539,7 @@ class FDPG(Method):
         weight = (samples.valid & samples.known).double()
         for held, new in ((self.recent_reward, reward), (self.recent_weight, weight)):
             if len(held):
-                held.copy_(torch.cat([held, self.of_all(new)])[-len(held) :])
+                held.copy_(torch.cat([held, self.runtime.joined(new)])[-len(held) :])
 
     @torch.no_grad()
     def renew_proposal(self, logp: Float[Tensor, "b"], samples: Samples) -> Tensor:
@@ -603,14 +603,6 @@ class FDPG(Method):
         share = (2 * log_weight.logsumexp(-1) - (2 * log_weight).logsumexp(-1)).exp() / count
         prompts = samples.weight.view(log_weight.shape).sum(-1)
         return (prompts * share.nan_to_num(0.0)).sum()
-
-    def of_all(self, mine: Tensor) -> Tensor:
-        """The rows of all processes, one after another."""
-        world, rank = self.runtime.world, self.runtime.rank
-        rows = mine.new_zeros(world, *mine.shape)
-        rows[rank] = mine
-        sum_over_processes([rows])
-        return rows.flatten(0, 1)
 
 
 def replaced(samples: Samples, **fields: Tensor) -> Samples:

@@ -261,18 +261,9 @@ class Judged(Record):
 
     def everywhere(self, runtime: Runtime) -> "Judged":
         """Rows of all processes, in the order of their ranks; no two share a group."""
-        if runtime.world == 1:
-            return self
-
-        def gathered(values: Tensor) -> Tensor:
-            table = torch.zeros(runtime.world, len(values), dtype=torch.float64).to(values.device)
-            table[runtime.rank] = values.double()
-            sum_over_processes([table])
-            return table.flatten().to(values.dtype)
-
         fields = self.fields()
         fields["group"] = fields["group"] + runtime.rank * len(self)
-        return Judged(**{name: gathered(values) for name, values in fields.items()})
+        return Judged(**{name: runtime.joined(values) for name, values in fields.items()})
 
 
 class LitePPO(Method):
