@@ -17,7 +17,7 @@ from esscher.methods.language import f_dpg
 from esscher.methods.language.f_dpg import FDPG, Config
 from esscher.models import tiny_llama
 from esscher.registry import recipes
-from esscher.runtime import optim
+from esscher.runtime import device, optim
 from esscher.runtime.device import Runtime, RuntimeConfig
 from esscher.types import Completions, Prompts, Scored
 
@@ -589,8 +589,8 @@ def test_two_processes_do_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None
             own += other
         barrier.wait(60)
 
-    monkeypatch.setattr(f_dpg, "sum_over_processes", sum_of_both)
-    monkeypatch.setattr(optim, "sum_over_processes", sum_of_both)
+    for module in (f_dpg, optim, device):
+        monkeypatch.setattr(module, "sum_over_processes", sum_of_both)
     together, told, failures = [method_of(**settings) for _ in range(2)], [[], []], []
 
     def work(rank: int) -> None:

@@ -21,7 +21,7 @@ from esscher.errors import UserError
 from esscher.experience.text import Text
 from esscher.methods.language import lite_ppo
 from esscher.methods.language.lite_ppo import DAPO, DR_GRPO, GRPO, Config, LitePPO
-from esscher.runtime import optim
+from esscher.runtime import device, optim
 from esscher.runtime.device import Runtime, RuntimeConfig
 from esscher.types import Completions, Prompts, Scored
 from llamas import shaken
@@ -385,7 +385,7 @@ def test_two_processes_take_the_step_of_one(name: str, monkeypatch: pytest.Monke
         for tensor, total in zip(tensors, both, strict=True):
             tensor.copy_(total)
 
-    for module in (lite_ppo, optim):
+    for module in (lite_ppo, optim, device):
         monkeypatch.setattr(module, "sum_over_processes", summed)
     methods = [method_of(llama(), rank, 2, **settings) for rank in range(2)]
     halves = [[(p, c, r, g % 2) for p, c, r, g in rows if g // 2 == rank] for rank in range(2)]
