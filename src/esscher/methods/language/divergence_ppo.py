@@ -234,11 +234,11 @@ class DivergencePPO(Method):
         """With mean 0 and standard deviation 1 over the tokens of all processes."""
         runtime, (rows, width) = self.runtime, advantage.shape
         widest = int(runtime.joined(torch.tensor([width], device=advantage.device)).max())
-        everywhere = [
+        values, known = (
             runtime.joined(nn.functional.pad(x, (0, widest - width))) for x in (advantage, mask)
-        ]
+        )
         own = slice(runtime.rank * rows, (runtime.rank + 1) * rows)
-        return masked_whiten(*everywhere)[own, :width]
+        return masked_whiten(values, known)[own, :width]
 
     def token_rewards(
         self, reward: Float[Tensor, "b"], log_ratio: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]
