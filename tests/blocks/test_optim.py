@@ -45,6 +45,21 @@ def test_equals_torch_step_for_step(
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_may_lie_in_memory_as_they_like() -> None:
+    """Those of convolutions may have the channels last, and the fused kernel reads memory in order."""
+    torch.manual_seed(0)
+    gradient = torch.randn(4, 3, 3, 2).permute(0, 3, 1, 2)
+    assert not gradient.is_contiguous()
+    parameter, other = (nn.Parameter(torch.zeros(4, 2, 3, 3)) for _ in range(2))
+    Optim([parameter], 1e-2).apply([gradient])
+    reference = torch.optim.Adam([other], 1e-2)
+    other.grad = gradient.contiguous()
+    reference.step()
+    torch.testing.assert_close(parameter, other)
+    # Adam's first step is the gradient's sign: a scrambled gradient would show there.
+    torch.testing.assert_close(parameter.detach(), -1e-2 * gradient.sign(), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_the_traced_step_is_the_fused_step(weight_decay: float) -> None:
     """Compiled pieces take the one, eager code the other: the same moments and parameters."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from esscher.distributions.trained import TrainedState
 from esscher.errors import UserError
+from esscher.nn.sharding import shard
+from esscher.runtime.device import Sharding
 from esscher.samplers.denoisers import Condition, Denoiser, classifier_free
 from esscher.samplers.solvers import Solver, seeded_noise, solve
 
@@ -35,7 +37,7 @@ class DiffusionModel(TrainedState):
 
     pipeline: Any = None
     """What it was read from, and what it is saved as; None: a module of the user's own."""
-    _is_frozen = False
+    _is_frozen = _is_average = False
 
     def __init__(
         self,
@@ -99,10 +101,32 @@ class DiffusionModel(TrainedState):
             inner.compile(options={"freezing": True} if final else None)
         return self
 
+    def shard(self, device: torch.device, sharding: Sharding) -> None:
+        """Leave this process its part of the weights (see nn/sharding.py), when all copies are made.
+
+        Raises:
+            UserError: the network has no blocks of the classes that are to be sharded.
+        """
+        denoiser: Any = self.denoiser
+        if isinstance(denoiser, _AdaptersOff):
+            denoiser = denoiser.denoiser
+        network = getattr(denoiser, "network", denoiser)
+        network = getattr(network, "inner", network)
+        blocks = sharding.blocks or _listed_in(network)
+        # An average is moved part by part, so parts it must be again after it was asked.
+        again = sharding.reshard_after_forward or self._is_average
+        try:
+            shard(denoiser, blocks, device, reshard_after_forward=again)
+        except ValueError as error:
+            raise UserError(
+                f"{type(network).__name__} cannot be sharded block by block: {error}; name their class "
+                "in the Accelerate file (fsdp_transformer_layer_cls_to_wrap)"
+            ) from None
+
     def averaged(self) -> "DiffusionModel":
         """A copy for a running average of the weights: no optimiser moves it, `polyak` does."""
         twin = copy.copy(self)
-        twin._modules = dict(self._modules)
+        twin._modules, twin._is_average = dict(self._modules), True
         twin.denoiser = copy.deepcopy(self.denoiser)
         return twin
 
@@ -185,6 +209,12 @@ class _AdaptersOff(nn.Module):
             for module in self._adapted:
                 stack.enter_context(module.disable_adapter())
             return self.denoiser(x, sigma, condition)
+
+
+def _listed_in(network: nn.Module) -> tuple[str, ...]:
+    """Classes of what a network has lists of: its blocks."""
+    lists = (part for part in network.children() if isinstance(part, nn.ModuleList))
+    return tuple({type(block).__name__ for blocks in lists for block in blocks})
 
 
 def _adapted(denoiser: nn.Module) -> list[Any]:

@@ -42,9 +42,9 @@ def shard(
     found = [part for part in module.modules() if type(part).__name__ in blocks]
     if not found:
         raise ValueError(f"no module is one of {', '.join(blocks)}")
-    for block in found:
+    for block in reversed(found):  # What lies within another first.
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
     for part in _parts(module):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # Gloo knows no other.

@@ -23,6 +23,7 @@ from esscher.functional.sets import energy_distance
 from esscher.loops.draw import draw
 from esscher.loops.offline import offline
 from esscher.loops.online import LoopState, Progress
+from esscher.nn.sharding import whole_on_cpu
 from esscher.registry import load_method
 from esscher.runtime.checkpoint import require_unchanged
 from esscher.runtime.device import Runtime
@@ -52,8 +53,7 @@ class DiffusionWorld:
         self.experiment, self.runtime = experiment, runtime
         self.stage, self.method_class = experiment.stages[-1], load_method(experiment.slug)
         self.kind = self.method_class.loop
-        seed_phase(experiment.seed, 0, Phase.INITIALISE)  # For models that are made, not read.
-        model = load_diffusion(self.stage.model, runtime.device)
+        model = self._as_it_began(runtime.device)
         if runtime.config.graph == "compile":
             model.compiled(final=not self.method_class.trains)
         self.digest = digest_of(model)
@@ -74,6 +74,10 @@ class DiffusionWorld:
         if self.reward is None and self.method_class.rewarded:
             raise UserError(f"{experiment.slug} needs a reward: give --reward module:function")
         self._shown: Tensor | None = None
+
+    def _as_it_began(self, device: torch.device) -> DiffusionModel:
+        seed_phase(self.experiment.seed, 0, Phase.INITIALISE)  # For models that are made, not read.
+        return load_diffusion(self.stage.model, device)
 
     def experience(self, method: Any) -> Any:
         return method.experience(self.wanted if self.real is None else self.real)
@@ -189,8 +193,16 @@ class DiffusionWorld:
         assert not state
 
     def finish(self, method: Any, folder: Path) -> None:
-        if self.method_class.trains and self.runtime.rank == 0:
-            save_diffusion(method.policy, folder / "model")
+        if not self.method_class.trains:
+            return
+        model, first = method.policy, self.runtime.rank == 0
+        if self.runtime.sharding is not None:  # All processes give their parts, to a whole one.
+            state = whole_on_cpu(model.state_dict(), keep=first)
+            if first:
+                model = self._as_it_began(torch.device("cpu"))
+                model.load_state_dict(state)
+        if first:
+            save_diffusion(model, folder / "model")
 
     def close(self) -> None:
         pass

@@ -122,7 +122,7 @@ class Optim(Stateful):
     def _fused_step(self, gradients: list[Tensor]) -> None:
         torch.ops.aten._fused_adamw_(
             self._own(self._params),
-            self._own(gradients),
+            list(map(_laid_out_as, self._own(gradients), self._own(self.first_moment))),
             self._own(self.first_moment),
             self._own(self.second_moment),
             [],
@@ -156,7 +156,19 @@ class Optim(Stateful):
             parameter.sub_(step * mean / (square.sqrt() * root + self._epsilon))
 
 
+def _laid_out_as(gradient: Tensor, other: Tensor) -> Tensor:
+    """With the strides of another tensor: torch's fused kernel reads memory in order, and the gradient of
+    a convolution may have its channels last.
+    """
+    if gradient.stride() == other.stride():
+        return gradient
+    return torch.empty_like(other).copy_(gradient)
+
+
 @torch.no_grad()
 def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
     """Target <- (1 - tau) target + tau source, in one fused call."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+    targets, sources = list(target.parameters()), list(source.parameters())
+    if not torch.compiler.is_compiling():  # Shards are never compiled.
+        targets, sources = map(own_part, targets), map(own_part, sources)
+    torch._foreach_lerp_(list(targets), list(sources), tau)

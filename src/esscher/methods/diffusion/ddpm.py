@@ -95,6 +95,7 @@ class DDPM(Method):
     data = "required"
     headline = "loss"
     shares = True
+    shards = True
 
     def __init__(self, cfg: Config, spec: ImageSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
@@ -102,6 +103,7 @@ class DDPM(Method):
         self.model = spec.model
         self.model.guided(cfg.scale)  # Refuses what it cannot do.
         self.average = spec.model.averaged() if cfg.average else spec.model
+        runtime.prepare(self.model, self.average)
         self.opt = Optim(
             self.model.trained,
             cfg.learning_rate,
