@@ -18,6 +18,8 @@ from esscher.runtime import checkpoint, device
 from esscher.runtime import run as runner
 from support import smoke
 
+pytestmark = pytest.mark.timeout(900)  # Processes take their time to start on a busy machine.
+
 PAIRS = (
     *("run", "f_dpo", "--model", "esscher.models:tiny_llama", "--log.to"),
     *("--data", "esscher.datasets:sums_compared", "--divergence", "js", "--steps", "3"),

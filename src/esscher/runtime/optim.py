@@ -157,8 +157,9 @@ class Optim(Stateful):
 
 
 def _laid_out_as(gradient: Tensor, other: Tensor) -> Tensor:
-    """With the strides of another tensor: torch's fused kernel reads memory in order, and the gradient of
-    a convolution may have its channels last.
+    """With the strides of another tensor.
+
+    Torch's fused kernel reads memory in order, and a convolution's gradient may have its channels last.
     """
     if gradient.stride() == other.stride():
         return gradient
