@@ -553,6 +553,14 @@ def _data_collect(arguments: list[str]) -> int:
     )
 
 
+def _default_out(tasks: Sequence[str], seen: bool) -> str:
+    """Where demonstrations go if nobody says so."""
+    if not seen or len(tasks) > 1:
+        kind = "a new folder" if seen else "the name of a new Minari set, such as reach/expert-v0"
+        raise UserError(f"give --out, {kind}")
+    return f"data/{tasks[0].rpartition(':')[2]}"
+
+
 def _data_demonstrate(arguments: list[str]) -> int:
     """Let experts act: esscher data collect metaworld:TASK ... --images 64 --out FOLDER."""
     tasks = []
@@ -575,7 +583,7 @@ def _data_demonstrate(arguments: list[str]) -> int:
         kwargs=options.kwargs,
     )
     try:
-        written = demonstrate(plan, options.out)
+        written = demonstrate(plan, options.out or _default_out(tasks, bool(size)))
     except KeyboardInterrupt:
         print(
             "esscher: stopped; what was finished is kept, and the same command goes on",
@@ -812,9 +820,10 @@ def _demonstration_options() -> type:
 
     @dataclass
     class DemonstrationOptions:
-        out: str
-        """With --images a new folder, in the layout of LeRobot; else the name of a new Minari set, such
-        as reach/expert-v0. The same command goes on where it was stopped."""
+        out: str = ""
+        """With --images a new folder, in the layout of LeRobot, by default data/TASK of one task; else
+        the name of a new Minari set, such as reach/expert-v0. The same command goes on where it was
+        stopped."""
         episodes: int = 50
         """Of each task."""
         images: tuple[int, ...] = ()

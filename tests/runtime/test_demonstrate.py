@@ -11,6 +11,7 @@ import toy_robots
 from esscher.adapters.data import load_dataset
 from esscher.adapters.lerobot import read_scenes
 from esscher.adapters.robots import robot_task
+from esscher.cli import run_command
 from esscher.errors import UserError
 from esscher.runtime.collect import COLLECT
 from esscher.runtime.demonstrate import Plan, demonstrate
@@ -214,3 +215,16 @@ def test_a_task_that_does_not_say_whether_it_is_solved() -> None:
         task.step(task.expert())
     with pytest.raises(UserError, match="no camera 'lift': did you mean left"):
         robot_task("toy_robots:room", cameras=("lift",))
+
+
+def test_demonstrations_of_one_task_need_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ["data", "collect", "toy_robots:drive", "--episodes", "1", "--images", "6", "8"]
+    assert run_command(line) == 0
+    assert (tmp_path / "data/drive/meta/info.json").exists()
+    assert run_command(["data", "collect", "toy_robots:drive", "--episodes", "1"]) == 2
+    assert "give --out, the name of a new Minari set" in capsys.readouterr().err
+    assert run_command([*line[:3], "toy_robots:stop", *line[3:]]) == 2
+    assert "give --out, a new folder" in capsys.readouterr().err
