@@ -55,15 +55,21 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
+def check_close(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], rtol: float, atol: float
+) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=rtol, atol=atol)
+
+
 def test_it_trains_as_one_process_does_and_goes_on_exactly(tmp_path: Path) -> None:
     path, one, two = tmp_path / "config.yaml", tmp_path / "one", tmp_path / "two"
     path.write_text(yaml.safe_dump(FILE), encoding="utf-8")
     assert run_command([*PAIRS, "--directory", str(one)]) == 0
     command(*PAIRS, "--directory", str(two), "--runtime.accelerate", str(path))
-    alone, sharded = tensors(one), tensors(two)
-    assert alone.keys() == sharded.keys()
-    for name in alone:
-        torch.testing.assert_close(alone[name], sharded[name], rtol=1e-5, atol=3e-5)
+    sharded = tensors(two)
+    check_close(tensors(one), sharded, rtol=1e-5, atol=3e-5)
     model = (folder / "model/model.safetensors" for folder in (one, two))
     sizes = [file.stat().st_size for file in model]
     assert abs(sizes[0] - sizes[1]) < 1000, "the model is written whole, and tied weights once"
@@ -87,16 +93,10 @@ def test_a_diffusion_model_and_its_average_are_sharded_too(tmp_path: Path) -> No
     line += ("--runtime.device", "cpu", "--runtime.threads", "1", "--evaluation.episodes", "4")
     assert run_command([*line, "--directory", str(one)]) == 0
     command(*line, "--directory", str(two), "--runtime.accelerate", str(path))
-    alone, sharded = tensors(one), tensors(two)
-    assert alone.keys() == sharded.keys()
-    for name in alone:
-        # Adam's first steps are whole ones, also down what rounding alone has made.
-        torch.testing.assert_close(alone[name], sharded[name], rtol=1e-3, atol=3e-4)
+    # Adam's first steps are whole ones, also down what rounding alone has made.
+    check_close(tensors(one), tensors(two), rtol=1e-3, atol=3e-4)
     saved = "model/unet/diffusion_pytorch_model.safetensors"
-    ours, theirs = load_file(one / saved), load_file(two / saved)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=3e-4)
+    check_close(load_file(one / saved), load_file(two / saved), rtol=1e-3, atol=3e-4)
 
 
 def test_each_process_holds_half(tmp_path: Path) -> None:

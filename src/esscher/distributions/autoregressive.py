@@ -234,13 +234,7 @@ class LanguageModel(TrainedState):
         """
         blocks = sharding.blocks or tuple(getattr(self._causal, "_no_split_modules", None) or ())
         again = sharding.reshard_after_forward
-        try:
-            shard(self.model, blocks, device, reshard_after_forward=again)
-        except ValueError as error:
-            raise UserError(
-                f"{type(self._causal).__name__} cannot be sharded block by block: {error}; name their "
-                "class in the Accelerate file (fsdp_transformer_layer_cls_to_wrap)"
-            ) from None
+        shard(self.model, self._causal, blocks, device, reshard_after_forward=again)
 
     def _ask(self, piece: Callable[..., Any], *args: Any) -> Any:
         with self._as_configured():

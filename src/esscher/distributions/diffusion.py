@@ -115,13 +115,7 @@ class DiffusionModel(TrainedState):
         blocks = sharding.blocks or _listed_in(network)
         # An average is moved part by part, so parts it must be again after it was asked.
         again = sharding.reshard_after_forward or self._is_average
-        try:
-            shard(denoiser, blocks, device, reshard_after_forward=again)
-        except ValueError as error:
-            raise UserError(
-                f"{type(network).__name__} cannot be sharded block by block: {error}; name their class "
-                "in the Accelerate file (fsdp_transformer_layer_cls_to_wrap)"
-            ) from None
+        shard(denoiser, network, blocks, device, reshard_after_forward=again)
 
     def averaged(self) -> "DiffusionModel":
         """A copy for a running average of the weights: no optimiser moves it, `polyak` does."""

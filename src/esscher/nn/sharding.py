@@ -13,11 +13,18 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from esscher.errors import UserError
+
 Answer = TypeVar("Answer")
 
 
 def shard(
-    module: nn.Module, blocks: Sequence[str], device: torch.device, *, reshard_after_forward: bool
+    module: nn.Module,
+    network: nn.Module,
+    blocks: Sequence[str],
+    device: torch.device,
+    *,
+    reshard_after_forward: bool,
 ) -> None:
     """Leave each process its part of every parameter, in place; nothing if that is done already.
 
@@ -26,13 +33,14 @@ def shard(
 
     Args:
         module: asked through `put_together` from now on.
+        network: the model in it that has the blocks, by which it is named.
         blocks: names of the classes whose modules are put together one after the other.
         device: where the parts are kept; the module may still lie elsewhere.
         reshard_after_forward: give a block's weights back between its forward and its backward pass;
             else they stay, which saves time and takes memory.
 
     Raises:
-        ValueError: the module has no such block.
+        UserError: the module has no such block.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -41,7 +49,11 @@ def shard(
     mesh = _mesh(device.type)
     found = [part for part in module.modules() if type(part).__name__ in blocks]
     if not found:
-        raise ValueError(f"no module is one of {', '.join(blocks)}")
+        raise UserError(
+            f"{type(network).__name__} cannot be sharded block by block: no module is one of "
+            f"{', '.join(blocks) or 'any class that it names'}; name the class of its blocks in the "
+            "Accelerate file (fsdp_transformer_layer_cls_to_wrap)"
+        )
     for block in reversed(found):  # What lies within another first.
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
@@ -82,8 +94,7 @@ def held_whole(module: Any) -> Iterator[None]:
     finally:
         for part in parts:
             part.reshard()
-            if part is not module:
-                part.set_reshard_after_forward(module._gives_back, recurse=False)
+            part.set_reshard_after_forward(module._gives_back, recurse=False)
 
 
 def is_sharded(tensor: Tensor) -> bool:
