@@ -458,12 +458,14 @@ def _of_pipeline(
     decode: Any = _image
     invert: Any = _from_image
     if name == "StableDiffusionPipeline":
-        told = {"encode": TextEncoder(pipeline, dtype).to(device), "columns": ["prompt"]}
+        encode = TextEncoder(pipeline, dtype).to(device)
+        told = {"encode": encode, "columns": ["prompt"], "null": encode([{"prompt": ""}])}
         wrapped = Network(network, "encoder_hidden_states", "prompt")
     elif (classes := _classes(name, network.config, null_class)) is not None:
         count, null_class = classes
         encode = Labels(count, getattr(pipeline, "labels", {}), null_class)
-        told = {"encode": encode, "columns": ["label"]}
+        null = None if null_class is None else torch.tensor([null_class])
+        told = {"encode": encode, "columns": ["label"], "null": null}
         wrapped = Network(network, "class_labels", "label")
     else:
         wrapped = Network(network, None, None)
@@ -480,10 +482,6 @@ def _of_pipeline(
         frozen_dtype=dtype,
         **told,
     ).to(device)
-    if name == "StableDiffusionPipeline":
-        model.null = model.encode([{"prompt": ""}])
-    elif null_class is not None:
-        model.null = torch.tensor([null_class], device=device)
     model.pipeline = pipeline
     return model
 

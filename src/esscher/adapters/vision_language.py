@@ -48,7 +48,7 @@ def load_vision_language(config: ModelConfig, device: torch.device) -> tuple[Vis
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         head.requires_grad_(False)
-    return VisionLanguage(model, image_mean=mean, image_std=std).to(device), processor
+    return VisionLanguage(model, image_mean=mean, image_std=std), processor
 
 
 def save_vision_language(model: VisionLanguage, tokenizer: Any, folder: Path) -> Path:

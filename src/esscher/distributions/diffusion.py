@@ -14,7 +14,7 @@ from esscher.distributions.trained import TrainedState
 from esscher.errors import UserError
 from esscher.nn.sharding import shard
 from esscher.runtime.device import Sharding
-from esscher.samplers.denoisers import Condition, Denoiser, classifier_free
+from esscher.samplers.denoisers import Condition, Denoiser, classifier_free, placed
 from esscher.samplers.solvers import Solver, seeded_noise, solve
 
 
@@ -54,7 +54,7 @@ class DiffusionModel(TrainedState):
     ):
         super().__init__()
         self.denoiser: Any = denoiser
-        self.shape, self.levels, self.null = tuple(shape), levels, null
+        self.shape, self.levels, self._null = tuple(shape), levels, null
         self.columns, self.frozen_dtype = tuple(columns), frozen_dtype
         self._encode, self._decode, self._invert = encode, decode, invert
 
@@ -66,6 +66,11 @@ class DiffusionModel(TrainedState):
     @property
     def device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    @property
+    def null(self) -> Condition:
+        """The condition of no condition, one row, where the weights are; None: the model has none."""
+        return placed(self._null, self.device)
 
     def frozen(self) -> "DiffusionModel":
         """This model without its training, as a reference.
@@ -136,8 +141,8 @@ class DiffusionModel(TrainedState):
         return table.to(self.device)[place].float()
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> Condition:
-        """The condition of rows of data, one sample each."""
-        return None if self._encode is None else self._encode(rows)
+        """The condition of rows of data, one sample each, where the weights are."""
+        return None if self._encode is None else placed(self._encode(rows), self.device)
 
     def decode(self, x0: Float[Tensor, "b *d"]) -> Float[Tensor, "b *s"]:
         """What is shown and judged."""

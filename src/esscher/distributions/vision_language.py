@@ -47,10 +47,10 @@ class VisionLanguage(nn.Module):
     ):
         super().__init__()
         self.model: Any = model
-        self.register_buffer(
-            "mean", torch.tensor(tuple(image_mean)).view(-1, 1, 1), persistent=False
-        )
-        self.register_buffer("std", torch.tensor(tuple(image_std)).view(-1, 1, 1), persistent=False)
+        device = next(model.parameters()).device
+        for name, values in (("mean", image_mean), ("std", image_std)):
+            buffer = torch.tensor(tuple(values), device=device).view(-1, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

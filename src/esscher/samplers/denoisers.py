@@ -102,6 +102,15 @@ def rows_of(condition: Condition, rows: Tensor | slice) -> Condition:
     return {name: value[rows] for name, value in condition.items()}
 
 
+def placed(condition: Condition, device: torch.device) -> Condition:
+    """The condition on a device."""
+    if condition is None:
+        return None
+    if isinstance(condition, Tensor):
+        return condition.to(device)
+    return {name: value.to(device) for name, value in condition.items()}
+
+
 def repeated(condition: Condition, copies: int) -> Condition:
     """Each sample's condition `copies` times, one after the other."""
     if condition is None:

@@ -221,7 +221,7 @@ def line_variation(
     one: Float[Tensor, "p g"], two: Float[Tensor, "p g"], iso_sigma: float, line_sigma: float
 ) -> Float[Tensor, "p g"]:
     """X = x_1 + sigma_1 N(0, I) + sigma_2 n (x_2 - x_1), with one n ~ N(0, 1) an offspring."""
-    along = line_sigma * torch.randn(len(one), 1)
+    along = line_sigma * torch.randn(len(one), 1, device=one.device)
     return one + iso_sigma * torch.randn_like(one) + along * (two - one)
 
 
@@ -391,7 +391,7 @@ class DCGMAPElites(Method):
         descriptor = episodes.descriptor
         if cfg.out_of_bounds == "clip":
             low, high = self.spec.descriptor_low, self.spec.descriptor_high
-            descriptor = descriptor.clamp(torch.tensor(low), torch.tensor(high))
+            descriptor = descriptor.clamp(descriptor.new_tensor(low), descriptor.new_tensor(high))
         self.archive.add(
             Population(
                 genotype=candidates.genotype,
