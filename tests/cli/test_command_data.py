@@ -11,7 +11,7 @@ import pytest
 from command_line import BANDIT, SMALL, SMALL_METHOD, command, plain
 
 import esscher
-from esscher import cli
+from esscher.cli import logged_data
 from esscher.runtime import collect as collecting
 
 
@@ -53,7 +53,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("word", cli.DATA_WORDS)
+@pytest.mark.parametrize("word", logged_data.DATA_WORDS)
 def test_help_of_every_word(word, capsys):
     assert command("data", word, "--help") == 0
     shown = capsys.readouterr().out

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tyro
 
 from esscher import cli
 from esscher.errors import UserError
@@ -20,13 +21,13 @@ class Parsed(Exception):
 
 @pytest.fixture
 def parse_only(monkeypatch):
-    parse = cli._parse
+    parse = tyro.cli
 
-    def parse_and_stop(options, arguments, program):
-        parse(options, arguments, program)
+    def parse_and_stop(*args, **kwargs):
+        parse(*args, **kwargs)
         raise Parsed
 
-    monkeypatch.setattr(cli, "_parse", parse_and_stop)
+    monkeypatch.setattr(tyro, "cli", parse_and_stop)
 
 
 def commands(text):
