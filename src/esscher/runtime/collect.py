@@ -33,6 +33,7 @@ from esscher.errors import UserError, require
 from esscher.experiment import EnvConfig, Experiment
 from esscher.registry import load_method
 from esscher.runtime import checkpoint as checkpoints
+from esscher.runtime.display import spoken_time
 from esscher.runtime.load import Loaded, load
 from esscher.runtime.prove import _commit
 from esscher.runtime.rng import Phase, mix, seed_phase
@@ -737,6 +738,6 @@ def shown(
         if now - spoken > SECONDS_A_LINE:
             spoken, left = now, (now - began) / count * (total - count)
             console.print(
-                f"{title}: {count:,} of {total:,} episodes{told()}, {left:,.0f} s left",
+                f"{title}: {count:,} of {total:,} episodes{told()}, {spoken_time(left)} left",
                 highlight=False,
             )

@@ -8,9 +8,25 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, 
 from rich.text import Text
 
 
+def spoken_rate(steps_per_second: float) -> str:
+    """Such as 1,250 steps/s, or 0.42 steps/s; empty before there is any."""
+    if steps_per_second <= 0:
+        return ""
+    digits = ",.0f" if steps_per_second >= 10 else ".2g"
+    return f"{steps_per_second:{digits}} steps/s"
+
+
+def spoken_time(seconds: float) -> str:
+    """Such as 95 s, 12 min or 3 h 5 min."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
 class _Rate(TextColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.fields['rate']:,.0f} steps/s", style="cyan")
+        return Text(spoken_rate(task.fields["rate"]), style="cyan")
 
 
 class Display:
@@ -57,10 +73,12 @@ class Display:
             self._progress.update(self._task, completed=step, **self._fields)
         elif headline is not None and time.monotonic() - self._spoken > 10:
             self._spoken = time.monotonic()
-            left = max(self._steps - step, 0) / max(rate, 1e-9)
+            told = [f"step {step:,} of {self._steps:,}"]
+            if rate > 0:
+                left = max(self._steps - step, 0) / rate
+                told += [spoken_rate(rate), f"{spoken_time(left)} left"]
             self._console.print(
-                f"{self._title}: step {step:,} of {self._steps:,}, {rate:,.0f} steps/s, "
-                f"{left:,.0f} s left, {headline}",
+                f"{self._title}: {', '.join([*told, headline])}",
                 highlight=False,
                 soft_wrap=True,  # One line in a log, however narrow the terminal that is not there.
             )
