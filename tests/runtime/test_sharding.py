@@ -86,10 +86,21 @@ def test_it_trains_as_one_process_does_and_goes_on_exactly(tmp_path: Path) -> No
         assert torch.equal(sharded[name], again[name]), name
 
 
-def test_a_diffusion_model_and_its_average_are_sharded_too(tmp_path: Path) -> None:
+DRAGON = (
+    *("dragon", "--model", "esscher.images:tiny_unet", "--lora-rank", "2", "--model.kwargs"),
+    *("size", "8", "classes", "10", "width", "8", "--image.labels", "0", "1", "2"),
+    *("--reward", "esscher.image_rewards:Compressibility", "--method.batch-size", "4"),
+    *("--method.draw-steps", "3", "--evaluation.every", "0"),
+)
+
+
+@pytest.mark.parametrize("line", [("ddpm:smoke",), DRAGON], ids=["ddpm", "dragon with adapters"])
+def test_a_diffusion_model_and_its_average_are_sharded_too(
+    line: tuple[str, ...], tmp_path: Path
+) -> None:
     path, one, two = tmp_path / "config.yaml", tmp_path / "one", tmp_path / "two"
     path.write_text(yaml.safe_dump(FILE), encoding="utf-8")
-    line = ("run", "ddpm:smoke", "--log.to", "--steps", "3", "--method.average", "0.9")
+    line = ("run", *line, "--log.to", "--steps", "3", "--method.average", "0.9")
     line += ("--runtime.device", "cpu", "--runtime.threads", "1", "--evaluation.episodes", "4")
     assert run_command([*line, "--directory", str(one)]) == 0
     command(*line, "--directory", str(two), "--runtime.accelerate", str(path))

@@ -117,6 +117,8 @@ class DiffusionModel(TrainedState):
             denoiser = denoiser.denoiser
         network = getattr(denoiser, "network", denoiser)
         network = getattr(network, "inner", network)
+        if hasattr(network, "get_base_model"):  # Of peft.
+            network = network.get_base_model()
         blocks = sharding.blocks or _listed_in(network)
         # An average is moved part by part, so parts it must be again after it was asked.
         again = sharding.reshard_after_forward or self._is_average

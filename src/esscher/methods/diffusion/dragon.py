@@ -162,6 +162,7 @@ class DRAGON(Method):
     rewarded = True
     headline = "reward_difference"
     shares = True
+    shards = True
 
     def __init__(self, cfg: Config, spec: ImageSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
@@ -170,6 +171,7 @@ class DRAGON(Method):
         self.model.guided(cfg.scale)  # Refuses what it cannot do.
         self.average = spec.model.averaged() if cfg.average else spec.model
         self._reference = spec.model.frozen()
+        runtime.prepare(self.model, self.average, self._reference)
         self.opt = Optim(
             self.model.trained,
             cfg.learning_rate,
