@@ -88,7 +88,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     assert written == ["one", "two", "two.yaml"], "the second process leaves nothing"
 
 
-@pytest.mark.parametrize("slug", ["b2_diffurl", "dragon", "ddpm"])
+@pytest.mark.parametrize("slug", ["b2_diffurl", "dragon", "ddpm", "f_distill"])
 def test_two_processes_train_a_diffusion_model_as_one_does(slug: str, tmp_path: Path) -> None:
     line = ["run", f"{slug}:smoke", "--log.to", "--log.every", "1", "--steps", "3"]
     line += ["--runtime.device", "cpu", "--runtime.threads", "1", "--evaluation.episodes", "4"]

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from esscher.nn.sharding import is_sharded, own_part
-from esscher.runtime.device import sum_over_processes
+from esscher.runtime.device import process_rank, sum_over_processes
 from esscher.runtime.state import Stateful
 
 Part = TypeVar("Part")
@@ -57,6 +57,10 @@ class Optim(Stateful):
     def minimize(self, loss: Float[Tensor, ""]) -> None:
         """One step down the gradient of `loss`, which is taken for these parameters alone."""
         self.apply(self._gradients(loss))
+
+    def minimize_mean(self, loss: Float[Tensor, ""]) -> None:
+        """One step down the mean of the losses of all processes, each of which hands over its own."""
+        self.minimize_sum(lambda share: loss * share, [1 / process_rank()[1]])
 
     def minimize_sum(
         self, loss: Callable[[Part], Float[Tensor, ""]], parts: Iterable[Part]

@@ -70,9 +70,9 @@ from esscher.functional.divergences import FDivergence, by_name
 from esscher.method import Method, Paper
 from esscher.nn.discriminator import FeatureHead, NoisySampleHead
 from esscher.proof import Check, Claim, Figures, FinishedRun, Proof, within
-from esscher.runtime.device import Runtime, RuntimeConfig
+from esscher.runtime.device import Runtime, RuntimeConfig, sum_over_processes
 from esscher.runtime.optim import Optim, polyak
-from esscher.samplers.denoisers import Condition, expanded
+from esscher.samplers.denoisers import Condition, expanded, rows_of
 from esscher.samplers.solvers import seeded_noise
 from esscher.types import Asked, Drawn, Metrics, Samples
 
@@ -209,9 +209,11 @@ class FDistill(Method):
     loop = "offline"
     data = "required"
     headline = "fake_loss"
+    shares = True
 
     def __init__(self, cfg: Config, spec: ImageSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
+        runtime.share(cfg.batch_size)  # Said before work starts where they cannot.
         model = spec.model
         _check_trainable(model)
         model.guided(cfg.scale)  # Refuses what it cannot do.
@@ -247,20 +249,32 @@ class FDistill(Method):
         return SampleBatches(real, self.cfg.batch_size)
 
     def update(self, batch: Samples, step: int) -> Metrics:
-        sigma, noise = self.noise_levels(len(batch)), torch.randn_like(batch.x)
-        start = torch.randn_like(batch.x)
+        own = self.runtime.part(len(batch))  # The rows that this process learns from.
+        x, condition = batch.x[own], rows_of(batch.condition, own)
+        sigma, noise = self.noise_levels(len(batch))[own], self._noise_like(x)
+        start = self._noise_like(x)
         if step % self.cfg.student_update_every == 0:
-            return self._improve_student(start, sigma, noise, batch.condition, step)
+            told = self._improve_student(start, sigma, noise, condition, step)
+        else:
+            told = self._improve_critics(x, start, sigma, noise, condition)
+        told = {name: value / self.runtime.world for name, value in told.items()}
+        sum_over_processes(list(told.values()))
+        return told
+
+    def _improve_critics(
+        self, real: Tensor, start: Tensor, sigma: Tensor, noise: Tensor, condition: Condition
+    ) -> Metrics:
+        """What knows the student: the score of what it draws, and the discriminator."""
         with torch.no_grad():
-            x = self._generate(self.student, start, batch.condition)
+            x = self._generate(self.student, start, condition)
         noisy = x + over(sigma, x) * noise
-        fake_loss = self._fake_loss(x, noisy, sigma, batch.condition)
-        self.fake_opt.minimize(fake_loss)
+        fake_loss = self._fake_loss(x, noisy, sigma, condition)
+        self.fake_opt.minimize_mean(fake_loss)
         metrics = {"fake_loss": fake_loss.detach()}
         if self.cfg.gan_weight:
-            real = batch.x + over(sigma, x) * torch.randn_like(x)
-            loss, told = self._discriminator_loss(real, noisy, sigma, batch.condition)
-            self.discriminator_opt.minimize(loss)
+            real = real + over(sigma, x) * self._noise_like(x)
+            loss, told = self._discriminator_loss(real, noisy, sigma, condition)
+            self.discriminator_opt.minimize_mean(loss)
             metrics |= told
         return metrics
 
@@ -268,7 +282,7 @@ class FDistill(Method):
         self, start: Tensor, sigma: Tensor, noise: Tensor, condition: Condition, step: int
     ) -> Metrics:
         loss, told = self._student_loss(start, sigma, noise, condition)
-        self.student_opt.minimize(loss)
+        self.student_opt.minimize_mean(loss)
         if self.average is not self.student:
             # A young average would be the weights that it began with.
             done = step // self.cfg.student_update_every
@@ -312,15 +326,18 @@ class FDistill(Method):
     def weights(
         self, logits: Float[Tensor, "b k"], sigma: Float[Tensor, "b"]
     ) -> tuple[Float[Tensor, "b"], Metrics]:
-        """h(r) in both normalisations, and what there is to say of it; moves the bins' means."""
-        cfg = self.cfg
+        """h(r) in both normalisations, over the rows of all processes, and what there is to say of it;
+        moves the bins' means.
+        """
+        cfg, own = self.cfg, self.runtime.part(len(logits) * self.runtime.world)
+        logits, sigma = self.runtime.joined(logits), self.runtime.joined(sigma)
         ratio = density_ratio(logits, cfg.logit_limit, cfg.ratio_low, cfg.ratio_high)
         bins = bin_of(self._place(sigma), self._low_place, self._high_place, cfg.num_bins)
         self.bin_means.copy_(moved_bin_means(self.bin_means, ratio, bins, cfg.ratio_average))
         relative = ratio / (self.bin_means[bins] + EPSILON)
         weight = over_mean(cfg.generator.curvature(relative.log()))
         clipped = (ratio <= cfg.ratio_low) | (ratio >= cfg.ratio_high)
-        return weight, {
+        return weight[own], {
             "ratio": ratio.mean(),
             "clipped_share": clipped.float().mean(),
             "weight_std": weight.std(correction=0),
@@ -350,7 +367,7 @@ class FDistill(Method):
         terms = discriminator_terms(real_logits, fake_logits)
         loss = terms.mean()
         if cfg.r1_weight:
-            nudged = real + cfg.r1_noise * torch.randn_like(real)
+            nudged = real + cfg.r1_noise * self._noise_like(real)
             penalty = approximate_r1_terms(real_logits, self._logits(nudged, sigma, condition))
             loss = loss + cfg.r1_weight * penalty.mean()
         told = {
@@ -376,6 +393,14 @@ class FDistill(Method):
             return (low + place * (high - low)).exp()
         low, high = cfg.low_sigma ** (1 / KARRAS_RHO), cfg.high_sigma ** (1 / KARRAS_RHO)
         return (low + place * (high - low)) ** KARRAS_RHO
+
+    def _noise_like(self, x: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
+        """Of this process's rows. All processes draw that of all rows, so that their number changes
+        nothing.
+        """
+        count = len(x) * self.runtime.world
+        drawn = torch.randn((count, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        return drawn[self.runtime.part(count)]
 
     def _place(self, sigma: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
         """What bins are parts of."""
