@@ -463,9 +463,7 @@ def tiny_stable_diffusion(
 def _scheduler(diffusers: Any, prediction: str, train_steps: int) -> Any:
     if prediction == "flow":
         return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=train_steps)
-    return diffusers.DDPMScheduler(
-        num_train_timesteps=train_steps, clip_sample=False, prediction_type=prediction
-    )
+    return diffusers.DDPMScheduler(num_train_timesteps=train_steps, prediction_type=prediction)
 
 
 def _autoencoder(diffusers: Any, size: int) -> Any:

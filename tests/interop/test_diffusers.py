@@ -94,11 +94,13 @@ def noise(*shape: int) -> torch.Tensor:
 
 @torch.no_grad()
 def test_images_of_a_unet(folders: dict[str, Path]) -> None:
+    """Clean estimates beyond white and black are clipped, and the noise follows from what is left."""
     pipeline = opened(folders["plain"])
     ddim = diffusers.DDIMPipeline(pipeline.unet, pipeline.scheduler)
     ddim.set_progress_bar_config(disable=True)
     draw = torch.Generator().manual_seed(4)
-    theirs = ddim(batch_size=2, generator=draw, num_inference_steps=5, output_type="pt").images
+    options = {"num_inference_steps": 5, "output_type": "pt", "use_clipped_model_output": True}
+    theirs = ddim(batch_size=2, generator=draw, **options).images
     ours = drawn(load(folders["plain"]), noise(2, 3, 8, 8), None, 5)
     assert_alike(ours, theirs)
 
@@ -106,14 +108,15 @@ def test_images_of_a_unet(folders: dict[str, Path]) -> None:
 @torch.no_grad()
 def test_images_from_a_level_without_signal(folders: dict[str, Path], tmp_path: Path) -> None:
     """At most 2^-24 of the variance stands for none, which moves the first estimate by 2^-12."""
-    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    told = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     pipeline = opened(folders["plain"])
-    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, **options)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, **told)
     ddim = diffusers.DDIMPipeline(pipeline.unet, pipeline.scheduler)
     ddim.set_progress_bar_config(disable=True)
     ddim.save_pretrained(tmp_path / "model")
     draw = torch.Generator().manual_seed(4)
-    theirs = ddim(batch_size=2, generator=draw, num_inference_steps=5, output_type="pt").images
+    options = {"num_inference_steps": 5, "output_type": "pt", "use_clipped_model_output": True}
+    theirs = ddim(batch_size=2, generator=draw, **options).images
     model = load(tmp_path / "model")
     assert model.levels(5)[0] > 4000
     ours = drawn(model, noise(2, 3, 8, 8), None, 5)
@@ -122,6 +125,7 @@ def test_images_from_a_level_without_signal(folders: dict[str, Path], tmp_path: 
 
 @torch.no_grad()
 def test_images_of_a_unet_with_noise_at_every_step(folders: dict[str, Path]) -> None:
+    """DDPM's own steps, clipping included."""
     pipeline, draw = opened(folders["plain"]), torch.Generator().manual_seed(4)
     theirs = pipeline(batch_size=1, generator=draw, num_inference_steps=5, output_type="pt").images
     start, steps_noise = seeded_noise([4], (3, 8, 8))
@@ -145,14 +149,14 @@ def test_images_of_classes(folders: dict[str, Path]) -> None:
     start = z * float((1 + model.levels(5)[0] ** 2) ** 0.5)
     condition = model.encode([{"label": n} for n in (0, 1, 2)])
     ours = solve(model.guided(2.5), start, model.levels(5), condition)
-    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
-        pipeline.scheduler.config, clip_sample=False
-    )
+    assert pipeline.scheduler.config.clip_sample
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.scheduler.set_timesteps(5)
     for t in pipeline.scheduler.timesteps:
         to = pipeline.unet(z, t, torch.tensor([0, 1, 2])).sample
         away = pipeline.unet(z, t, torch.tensor([3, 3, 3])).sample
-        z = pipeline.scheduler.step(away + 2.5 * (to - away), t, z).prev_sample
+        output, options = away + 2.5 * (to - away), {"use_clipped_model_output": True}
+        z = pipeline.scheduler.step(output, t, z, **options).prev_sample
     torch.testing.assert_close(ours, z, rtol=1e-4, atol=1e-4)
 
 
@@ -187,7 +191,7 @@ def test_images_of_a_transformer_without_an_autoencoder(tmp_path: Path) -> None:
     x = z
     for step in scheduler.timesteps:
         output = pipeline.transformer(x, step.expand(2), torch.tensor([7, 999])).sample
-        x = scheduler.step(output, step, x).prev_sample
+        x = scheduler.step(output, step, x, use_clipped_model_output=True).prev_sample
     again = load(tmp_path / "model")
     assert_alike(drawn(again, z, rows, 5), (x / 2 + 0.5).clamp(0, 1))
     assert digest_of(again) == digest_of(model) != digest_of(load(tmp_path / "begun"))
@@ -245,6 +249,31 @@ def test_a_pndm_scheduler_has_the_levels_of_ddim(folders: dict[str, Path], tmp_p
 
 
 @pytest.mark.parametrize(
+    ("kind", "changes", "clip"),
+    [
+        (diffusers.DDPMScheduler, {}, 1.0),
+        (diffusers.DDIMScheduler, {"clip_sample_range": 2.5}, 2.5),
+        (diffusers.DDIMScheduler, {"clip_sample": False}, None),
+        # It keeps what the scheduler before it was told, and does not clip.
+        (diffusers.EulerDiscreteScheduler, {}, None),
+    ],
+)
+def test_estimates_are_clipped_where_the_scheduler_clips(
+    folders: dict[str, Path], tmp_path: Path, kind: Any, changes: dict[str, Any], clip: float | None
+) -> None:
+    pipeline = opened(folders["plain"])
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changes)
+    pipeline.save_pretrained(tmp_path / "model")
+    model = load(tmp_path / "model")
+    assert model.clip == model.frozen().clip == model.averaged().clip == clip
+    far, level = 100 * noise(1, 3, 8, 8), torch.full((1,), 0.5)
+    said, drawn_by = model.denoiser(far, level), model.guided(1.0)(far, level)
+    bound = torch.inf if clip is None else clip
+    torch.testing.assert_close(drawn_by, said.clamp(-bound, bound))
+    assert clip is None or said.abs().max() > clip, "what the model learns by is not clipped"
+
+
+@pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"steps_offset": 1000}, "steps_offset"),
@@ -252,6 +281,7 @@ def test_a_pndm_scheduler_has_the_levels_of_ddim(folders: dict[str, Path], tmp_p
         ({"prediction_type": "odd"}, "prediction_type 'odd'"),
         ({"beta_end": 1.5}, "betas"),
         ({"trained_betas": [0.5, 1.0]}, "no signal"),
+        ({"thresholding": True}, "set thresholding to false"),
     ],
 )
 def test_schedulers_that_cannot_be_used(

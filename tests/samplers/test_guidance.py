@@ -11,7 +11,7 @@ import torch
 from esscher.distributions.gaussian_mixture import GaussianMixture
 from esscher.errors import UserError
 from esscher.functional.diffusion import alpha_bars, sampling_timesteps, sigma_of_alpha_bar
-from esscher.samplers.denoisers import Counted, classifier_free
+from esscher.samplers.denoisers import Counted, classifier_free, clipped
 from esscher.samplers.guidance import (
     LinearGuidance,
     adaptive_solve,
@@ -208,6 +208,19 @@ def test_leaving_at_once_is_the_conditional_model(solver: Any) -> None:
     assert not drawn.guided.any()
     assert drawn.evaluations.tolist() == [9] * 6
     assert denoiser.evaluations == 6 * 9
+
+
+def test_guided_estimates_are_clipped() -> None:
+    """Those that steps are made by; the cosine is of what the model said."""
+    model, bound = mixture(), 3.0
+    sigmas, label = torch.cat([torch.linspace(3, 0.1, 8), torch.zeros(1)]), torch.arange(4) % 3
+    x = 3 * noise(4, 16)
+    options: dict[str, Any] = {"scale": 3.0, "threshold": None}
+    ours = adaptive_solve(model, x, sigmas, label, NONE, **options, clip=bound)
+    guided = clipped(classifier_free(model, NONE, 3.0), bound)
+    torch.testing.assert_close(ours.x, solve(guided, x, sigmas, label))
+    free = adaptive_solve(model, x, sigmas, label, NONE, **options)
+    assert free.x.abs().max() > bound >= ours.x.abs().max()
 
 
 def test_with_noise_of_its_own() -> None:

@@ -9,8 +9,8 @@ Weights are read from safetensors only, and no code that comes with a model is r
 | DiTPipeline | `label` | latent; image where it has no autoencoder (`vae`) |
 | DDPMPipeline, DDIMPipeline (UNet2DModel) | `label` where it has classes, else nothing | image |
 
-What a scheduler does besides its noise levels (clipping or thresholding of the clean estimate) is left
-out: a denoiser's estimate stays what the network says.
+Where samples are drawn, clean estimates are clipped as the scheduler says (clip_sample). Dynamic
+thresholding is refused.
 """
 
 import copy
@@ -50,6 +50,7 @@ NETWORKS = {
     "DDIMPipeline": "unet",
 }
 STEPS_OF_TRAINING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
+CLIPPING = ("DDIMScheduler", "DDPMScheduler")
 SIGMAS = (
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
@@ -251,6 +252,11 @@ def _denoiser(network: nn.Module, scheduler: Any) -> nn.Module:
         raise UserError(
             f"the noise levels of {name} are not known here ({nearest(name, known)}): save the "
             "pipeline with the scheduler that the model was trained with"
+        )
+    if config.get("thresholding", False):
+        raise UserError(
+            f"{name} thresholds clean estimates by their quantiles (thresholding), which is not "
+            "supported: set thresholding to false in scheduler_config.json"
         )
     if config.get("timestep_type", "discrete") != "discrete":
         raise UserError(f"{name} has continuous steps (timestep_type), which are not supported")
@@ -477,6 +483,7 @@ def _of_pipeline(
         _denoiser(wrapped, pipeline.scheduler),
         shape,
         levels_of(pipeline.scheduler),
+        clip=_clip_of(pipeline.scheduler),
         decode=decode,
         invert=invert,
         frozen_dtype=dtype,
@@ -484,6 +491,13 @@ def _of_pipeline(
     ).to(device)
     model.pipeline = pipeline
     return model
+
+
+def _clip_of(scheduler: Any) -> float | None:
+    """To what a scheduler clips clean estimates; None: it does not."""
+    config = scheduler.config
+    clips = type(scheduler).__name__ in CLIPPING and config.get("clip_sample", True)
+    return float(config.get("clip_sample_range", 1.0)) if clips else None
 
 
 def _classes(name: str, config: Any, null: int | None) -> tuple[int, int | None] | None:

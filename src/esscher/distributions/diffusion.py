@@ -14,7 +14,7 @@ from esscher.distributions.trained import TrainedState
 from esscher.errors import UserError
 from esscher.nn.sharding import shard
 from esscher.runtime.device import Sharding
-from esscher.samplers.denoisers import Condition, Denoiser, classifier_free, placed
+from esscher.samplers.denoisers import Condition, Denoiser, classifier_free, clipped, placed
 from esscher.samplers.solvers import Solver, seeded_noise, solve
 
 
@@ -31,6 +31,8 @@ class DiffusionModel(TrainedState):
             samples themselves).
         invert: the way back from those, for real samples; None: they are what the denoiser sees.
         columns: what `encode` reads of a row.
+        clip: bound of a clean sample's components, to which estimates are clipped where samples are
+            drawn, not where the model learns; None: there is none.
         frozen_dtype: of the weights of copies that are not trained; other than float32 only where the
             denoiser turns its inputs into it.
     """
@@ -50,12 +52,14 @@ class DiffusionModel(TrainedState):
         decode: Callable[[Tensor], Tensor] | None = None,
         invert: Callable[[Tensor], Tensor] | None = None,
         columns: Sequence[str] = (),
+        clip: float | None = None,
         frozen_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.denoiser: Any = denoiser
         self.shape, self.levels, self._null = tuple(shape), levels, null
         self.columns, self.frozen_dtype = tuple(columns), frozen_dtype
+        self.clip = clip
         self._encode, self._decode, self._invert = encode, decode, invert
 
     @property
@@ -155,19 +159,21 @@ class DiffusionModel(TrainedState):
         return shown if self._invert is None else self._invert(shown)
 
     def guided(self, scale: float) -> Denoiser:
-        """The denoiser under classifier-free guidance; scale 1 is none.
+        """The denoiser under classifier-free guidance (scale 1 is none), its estimates clipped if they
+        are to be.
 
         Raises:
             UserError: the model has no null condition.
         """
-        if scale == 1:
-            return self.denoiser
-        if self.null is None:
+        if scale != 1 and self.null is None:
             raise UserError(
                 "this model was trained without a null condition, so guidance has nothing to compare "
                 "with: use a guidance scale of 1"
             )
-        return classifier_free(self.denoiser, self.null, scale)
+        found = self.denoiser
+        if scale != 1:
+            found = classifier_free(found, self.null, scale)
+        return found if self.clip is None else clipped(found, self.clip)
 
     @torch.no_grad()
     def draw(

@@ -150,6 +150,7 @@ class DiffusionWorld:
         """KL to the model of before, nats a sample: an estimate of that of the stochastic chains,
         conditional models without guidance, at states of noised samples.
         """
+        ask, ask_before = model.guided(1.0), reference.guided(1.0)
         levels = model.levels(DISTANCE_STEPS)
         levels = levels[levels > 0]
         total, size = 0.0, self.stage.image.at_once
@@ -161,7 +162,7 @@ class DiffusionWorld:
                 level = sigma.expand(len(rows))
                 noisy = x[rows] + sigma * noise(step)
                 asks = (noisy, level, condition)
-                ours, before = model.denoiser(*asks), reference.denoiser(*asks)
+                ours, before = ask(*asks), ask_before(*asks)
                 total += float(reverse_kl_terms(ours, before, sigma, following, 1.0).sum())
         return total / len(x)
 

@@ -163,6 +163,20 @@ def classifier_free(denoiser: Denoiser, null: Condition, scale: float) -> Denois
     return guided
 
 
+def clipped(denoiser: Denoiser, bound: float) -> Denoiser:
+    """A denoiser whose estimates stay in [-bound, bound], as images do; what a solver takes for the
+    noise follows from the clipped estimate.
+
+    Source: Ho et al. 2020 (arXiv 2006.11239), as in its code; in diffusers clip_sample, with DDIM's
+    use_clipped_model_output.
+    """
+
+    def estimate(x: Tensor, sigma: Tensor, condition: Condition = None) -> Tensor:
+        return denoiser(x, sigma, condition).clamp(-bound, bound)
+
+    return estimate
+
+
 def expanded(null: Condition, count: int) -> Condition:
     """A null condition of one row, for `count` samples.
 

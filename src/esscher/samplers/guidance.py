@@ -213,6 +213,7 @@ def adaptive_solve(
     solver: Solver = "ddim",
     eta: float = 0.0,
     noise: Noise | None = None,
+    clip: float | None = None,
     policy: Policy | None = None,
     linear: LinearGuidance | None = None,
 ) -> Guided:
@@ -237,6 +238,7 @@ def adaptive_solve(
             both answers are paid for by then.
         solver: ddim, euler or dpmpp_2m.
         eta, noise: as in `solve`.
+        clip: as in `Stepper`, of the estimate that a step is made by.
         policy: one entry a step; None: `linear_guidance` if `linear` is given, or else `full`.
         linear: estimates the unconditional eps of "linear" steps; fitted for these settings.
 
@@ -254,7 +256,7 @@ def adaptive_solve(
         require("threshold", threshold, -1 < threshold <= 1, "in (-1, 1], or None")
     least = math.ceil(steps / 4) if min_guided_steps is None else min_guided_steps
     require("min_guided_steps", least, 0 <= least <= steps, f"in [0, {steps}]")
-    stepper = Stepper(solver, eta=eta, noise=noise)
+    stepper = Stepper(solver, eta=eta, noise=noise, clip=clip)
     if policy is None:
         policy = full(steps) if linear is None else linear_guidance(steps)
     _check_condition(condition)
@@ -325,6 +327,7 @@ def fit_linear(
     *,
     scale: float,
     solver: Solver = "ddim",
+    clip: float | None = None,
     intercept: bool = False,
     batch_size: int | None = None,
 ) -> LinearGuidance:
@@ -340,6 +343,7 @@ def fit_linear(
         null: one row.
         scale: s; not 1.
         solver: ddim, euler or dpmpp_2m.
+        clip: as in `Stepper`.
         intercept: whether a constant is fitted at each step. The paper's formula has none.
         batch_size: paths at once; None: all.
 
@@ -366,7 +370,8 @@ def fit_linear(
     factor = torch.zeros(0, columns, dtype=torch.float64)
     for start in range(0, len(x), size):
         rows = slice(start, start + size)
-        path = _path(denoiser, x[rows], levels, rows_of(condition, rows), null, scale, solver)
+        stepper = Stepper(solver, clip=clip)
+        path = _path(denoiser, x[rows], levels, rows_of(condition, rows), null, scale, stepper)
         if intercept:
             path = torch.cat([torch.ones(len(path), 1, dtype=path.dtype), path], 1)
         factor = torch.linalg.qr(torch.cat([factor, path]), mode="r").R
@@ -404,10 +409,10 @@ def _path(
     condition: Condition,
     null: Condition,
     scale: float,
-    solver: Solver,
+    stepper: Stepper,
 ) -> Float[Tensor, "n c"]:
     """Of paths under full guidance the columns c_1, u_1, c_2, u_2 ..., each component a row."""
-    stepper, without = Stepper(solver), expanded(null, len(x))
+    without = expanded(null, len(x))
     everybody = torch.ones(len(x), dtype=torch.bool, device=x.device)
     columns: list[Tensor] = []
     for sigma, following in level_pairs(levels, x):

@@ -73,18 +73,26 @@ class Stepper:
         solver: ddim, euler or dpmpp_2m; see `solve`.
         eta: share of the ancestral noise, in [0, 1]; ddim only.
         noise: drawn for each step; needed where eta > 0.
+        clip: bound of a clean sample's components, to which estimates are clipped; None: there is none.
 
     Raises:
         UserError: heun, which asks twice a step; eta without noise, or with another solver.
     """
 
-    def __init__(self, solver: Solver = "ddim", *, eta: float = 0.0, noise: Noise | None = None):
+    def __init__(
+        self,
+        solver: Solver = "ddim",
+        *,
+        eta: float = 0.0,
+        noise: Noise | None = None,
+        clip: float | None = None,
+    ):
         _check_eta(solver, eta, noise)
         if solver not in ("ddim", "euler", "dpmpp_2m"):
             raise UserError(
                 f"the solver must ask the denoiser once a step: ddim, euler or dpmpp_2m, got {solver}"
             )
-        self.solver, self.eta, self.noise = solver, eta, noise
+        self.solver, self.eta, self.noise, self.clip = solver, eta, noise, clip
         self.steps_done = 0
         self._before: tuple[Tensor, Tensor] | None = None
 
@@ -97,6 +105,8 @@ class Stepper:
     ) -> Float[Tensor, "b *d"]:
         """What x is at the next noise level, from the denoised estimate at this one."""
         step, self.steps_done = self.steps_done, self.steps_done + 1
+        if self.clip is not None:
+            denoised = denoised.clamp(-self.clip, self.clip)
         before, self._before = self._before, (denoised, sigma)
         if next_sigma == 0:
             return denoised

@@ -243,6 +243,7 @@ class AdaptiveGuidance(Method):
             solver=cfg.solver,
             eta=cfg.eta,
             noise=noise if cfg.eta > 0 else None,
+            clip=model.clip,
             policy=full(len(levels) - 1) if policy is None else policy,
             linear=self._linear() if policy is not None and "linear" in policy else None,
         )
@@ -260,6 +261,7 @@ class AdaptiveGuidance(Method):
             model.null,
             scale=cfg.scale,
             solver=cfg.solver,
+            clip=model.clip,
             intercept=cfg.intercept,
             batch_size=max(1, min(cfg.batch_size, cfg.linear_paths)),
         )
