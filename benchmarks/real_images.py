@@ -187,7 +187,7 @@ JOBS = {
     "--image.judge-kwargs classifier real_images:mnist_judge --method.learning-rate 1e-4 "
     "--method.batch-size 64 --method.draw-steps 20 --steps 30 --evaluation.every 10 "
     "--evaluation.episodes 200",
-    "cifar10_unet": f"ddpm --data FOLDER/cifar10.npz --steps 2000 {TRAINED} "
+    "cifar10_unet": f"ddpm --data FOLDER/cifar10.npz --steps 1200 {TRAINED} "
     "--model esscher.images:tiny_unet "
     "--model.kwargs size 32 classes 10 width 16 prediction v_prediction",
 }
