@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from together import together
 
 from esscher.cli import run_command
 from esscher.errors import UserError
@@ -26,6 +27,10 @@ PAIRS = (
     *("--batch-size", "4", "--learning-rate", "1e-3", "--warmup-updates", "0"),
     *("--evaluation.episodes", "4", "--runtime.device", "cpu", "--runtime.threads", "1"),
 )
+
+
+PAINTERS = ("b2_diffurl", "dragon", "ddpm", "f_distill")
+WRITERS = ("lite_ppo", "f_dpg", "divergence_ppo")
 
 
 def alone(line: Sequence[str], folder: Path) -> dict[str, torch.Tensor]:
@@ -88,29 +93,28 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     assert written == ["one", "two", "two.yaml"], "the second process leaves nothing"
 
 
-@pytest.mark.parametrize("slug", ["b2_diffurl", "dragon", "ddpm", "f_distill"])
-def test_two_processes_train_a_diffusion_model_as_one_does(slug: str, tmp_path: Path) -> None:
+def line_of(slug: str) -> list[str]:
     line = ["run", f"{slug}:smoke", "--log.to", "--log.every", "1", "--steps", "3"]
     line += ["--runtime.device", "cpu", "--runtime.threads", "1", "--evaluation.episodes", "4"]
-    one = alone(line, tmp_path / "one")
-    done = two(*line, folder=tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
-    check_close(one, trained(tmp_path / "two"), atol=3e-4)
-    told = [read_rows(tmp_path / name) for name in ("one", "two")]
-    for ours, theirs in zip(*told, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
-
-
-@pytest.mark.parametrize("slug", ["lite_ppo", "f_dpg", "divergence_ppo"])
-def test_two_processes_write_and_learn_what_one_does(slug: str, tmp_path: Path) -> None:
-    line = ["run", f"{slug}:smoke", "--log.to", "--log.every", "1", "--steps", "3"]
-    line += ["--runtime.device", "cpu", "--runtime.threads", "1", "--evaluation.episodes", "4"]
-    if slug != "f_dpg":
+    if slug in ("lite_ppo", "divergence_ppo"):
         line += ["--method.num-minibatches", "1"]  # Which rows are together is each process's own.
-    one = alone(line, tmp_path / "one")
-    done = two(*line, folder=tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
-    check_close(one, trained(tmp_path / "two"))
+    return line
+
+
+def test_two_processes_make_the_runs_of_one(tmp_path: Path) -> None:
+    """Those that draw or write what they learn from; the same two processes make all of them."""
+    lines = {slug: line_of(slug) for slug in (*PAINTERS, *WRITERS)}
+    command = [[*line, "--directory", str(tmp_path / f"{k}_two")] for k, line in lines.items()]
+    with together(command) as running:
+        ones = {slug: alone(line, tmp_path / slug) for slug, line in lines.items()}
+        said = running.communicate()[1]
+    assert running.returncode == 0, said[-3000:]
+    for slug, one in ones.items():
+        check_close(one, trained(tmp_path / f"{slug}_two"), 3e-4 if slug in PAINTERS else 3e-5)
+    for slug in PAINTERS:
+        told = [read_rows(tmp_path / name) for name in (slug, f"{slug}_two")]
+        for ours, theirs in zip(*told, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4), slug
 
 
 def read_rows(folder: Path) -> list[dict[str, float]]:
