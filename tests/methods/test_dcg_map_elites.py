@@ -98,7 +98,7 @@ def test_similarity_is_one_at_home():
 def test_line_variation_by_hand(monkeypatch):
     one, two = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[3.0, 2.0], [1.0, -1.0]])
     # One draw an offspring goes along the line, one a number stands alone.
-    monkeypatch.setattr(torch, "randn", lambda *shape: torch.tensor([[2.0], [-1.0]]))
+    monkeypatch.setattr(torch, "randn", lambda *shape, device: torch.tensor([[2.0], [-1.0]]))
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.tensor([[1.0, -1.0], [0.0, 3.0]]))
     found = line_variation(one, two, iso_sigma=0.1, line_sigma=0.5)
     # (1 + 0.1 + 0.5 x 2 x 2, 2 - 0.1 + 0), (0 + 0 - 0.5 x 1, 0 + 0.3 + 0.5 x 1).

@@ -92,8 +92,12 @@ class _TensorBoard:
     def __init__(self, tracked: Tracked):
         from torch.utils.tensorboard import SummaryWriter
 
-        kept = tracked.step + 1 if tracked.step else 0
-        self._writer = SummaryWriter(str(tracked.run / "tensorboard"), purge_step=kept)
+        folder, kept = tracked.run / "tensorboard", tracked.step + 1 if tracked.step else 0
+        # Files are read in the order of their names, which begin with the second they are from.
+        seconds = [int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*")]
+        while seconds and int(time.time()) <= max(seconds):
+            time.sleep(0.05)
+        self._writer = SummaryWriter(str(folder), purge_step=kept)
 
     def log(self, scalars: dict[str, float], step: int) -> None:
         for name, value in scalars.items():
