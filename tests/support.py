@@ -221,6 +221,18 @@ def advance(parts: Any, experiment: esscher.Experiment, updates: int) -> None:
         next(rest)
 
 
+def take_over(parts: Any, others: Any) -> dict[str, Any]:
+    """Give other parts the state of some, rows included, as a checkpoint does; what it was."""
+    state = {k: v.clone() if torch.is_tensor(v) else v for k, v in parts.state_dict().items()}
+    others.load_state_dict({k: v.cpu() if torch.is_tensor(v) else v for k, v in state.items()})
+    if hasattr(parts.experience, "put_rows"):
+        held = parts.experience.num_added - len(parts.experience)
+        for piece in parts.experience.rows(held, parts.experience.num_added):
+            others.experience.put_rows(held, {k: v.cpu() for k, v in piece.items()})
+            held += len(piece["reward"])
+    return state
+
+
 def damaged(payload: bytes, seed: int = 0) -> Iterator[tuple[str, bytes]]:
     """Copies cut short, and with single bits flipped: at the start, in the middle, at the end, and at a
     few random places; each with what was done to it.

@@ -43,6 +43,7 @@ from support import (
     smoke,
     spec_of,
     store,
+    take_over,
     train,
     train_until,
 )
@@ -171,13 +172,7 @@ def test_loaded_into_one_that_already_trained(slug: str) -> None:
     # What a language model begins with belongs to the run, as do its rows held out.
     other = replace(experiment, seed=int(load_method(slug).world == "control"))
     one, two = parts_after(experiment, 3), parts_after(other, 4)
-    state = {k: v.clone() if torch.is_tensor(v) else v for k, v in one.state_dict().items()}
-    two.load_state_dict(state)
-    if hasattr(one.experience, "put_rows"):
-        held = one.experience.num_added - len(one.experience)
-        for piece in one.experience.rows(held, one.experience.num_added):
-            two.experience.put_rows(held, piece)
-            held += len(piece["reward"])
+    state = take_over(one, two)
     assert differences(state, two.state_dict()) == []
     for parts in (one, two):
         advance(parts, experiment, 3)

@@ -1,39 +1,37 @@
 """Every method computes where it is told to: tensors that say they are on a GPU, and refuse others."""
 
 import copy
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import esscher
-from esscher.registry import catalogue, recipes
+from esscher.registry import catalogue
 from esscher.runtime.device import RuntimeConfig
 from pretended_gpu import GPU, OnGpu, pretended_gpu
-from support import parts_after, smoke, train_until
+from support import advance, parts_after, smoke, take_over
 
 CUDA = RuntimeConfig(device="cuda", threads=1, graph="eager")
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("slug", list(catalogue()))
-def test_it_runs_and_resumes_where_it_is_told(
-    slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_it_learns_is_judged_and_goes_on_where_it_is_told(
+    slug: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    half = recipes(slug)["smoke"]().stages[-1].steps // 2
-    experiment = smoke(slug, runtime=CUDA, checkpoint=esscher.CheckpointConfig(every=half))
+    judged = replace(smoke(slug).evaluation, episodes=2, step_limit=20)
+    experiment = smoke(slug, runtime=CUDA, evaluation=judged)
     with pretended_gpu(monkeypatch):
-        train_until(experiment, tmp_path / "run", half, monkeypatch)
-        esscher.resume(tmp_path / "run", display=False)
-        parts = parts_after(experiment, 1)
+        parts, others = parts_after(experiment, 2), parts_after(experiment, 1)
+        parts.world.evaluate(parts.method, 0)
         for name, weight in parts.method.policy.named_parameters():
             assert weight.device == GPU, name
-        parts.close()
-    loaded = esscher.load(tmp_path / "run")
-    for name, value in loaded.method.state_dict().items():
-        assert not isinstance(value, torch.Tensor) or value.device.type == "cpu", name
+        take_over(parts, others)
+        advance(others, experiment, 1)
+        for part in (parts, others):
+            part.close()
 
 
 def test_the_pretence_refuses_what_a_gpu_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
