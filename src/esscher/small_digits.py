@@ -67,9 +67,6 @@ class Denoiser(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.network = _network([64 + 1 + CLASSES + 1, width, width, width, 64])
-        self.register_buffer("place", torch.zeros(0), persistent=False)
-
-    place: Tensor
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> Int[Tensor, "b"]:
         """Class of each row."""
@@ -77,7 +74,7 @@ class Denoiser(nn.Module):
         for label in labels:
             whole = isinstance(label, int) and not isinstance(label, bool)
             require("label", label, whole and 0 <= label < CLASSES, "a digit from 0 to 9")
-        return torch.tensor(labels, device=self.place.device)
+        return torch.tensor(labels)
 
     def forward(
         self,

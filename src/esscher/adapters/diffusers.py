@@ -384,7 +384,7 @@ class Decoder(_Part):
         return _image(self.part.decode(latent, return_dict=False)[0].float())
 
 
-class Labels(nn.Module):
+class Labels:
     """Class labels, as numbers or by name -> numbers.
 
     Args:
@@ -394,15 +394,11 @@ class Labels(nn.Module):
     """
 
     def __init__(self, count: int, names: Mapping[str, int], null: int | None):
-        super().__init__()
         self._count, self._names, self._null = count, dict(names), null
-        self.register_buffer("_place", torch.zeros(0), persistent=False)
 
-    _place: Tensor
-
-    def forward(self, rows: Sequence[Mapping[str, Any]]) -> Int[Tensor, "b"]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Int[Tensor, "b"]:
         numbers = [self._number(number, row.get("label")) for number, row in enumerate(rows)]
-        return torch.tensor(numbers, dtype=torch.long, device=self._place.device)
+        return torch.tensor(numbers, dtype=torch.long)
 
     def _number(self, row: int, label: Any) -> int:
         if isinstance(label, str) and label not in self._names:

@@ -204,7 +204,7 @@ def _sweep_and_report(
     outcomes = start(
         experiments,
         root,
-        workers=workers(options.workers, threads),
+        workers=_workers(options.workers, threads),
         engine=options.engine,
         address=options.address,
         retries=options.retries,
@@ -273,14 +273,14 @@ def prove_claims(arguments: list[str]) -> int:
         work=options.work,
         seeds=options.seeds,
         first_seed=options.first_seed,
-        workers=workers(options.workers, 1),
+        workers=_workers(options.workers, 1),
         claims=options.claims,
     )
     print(f"{slug}: {record['verdict']} ({options.out / slug}.json)")
     return 0 if record["verdict"] == "reproduced" else NOT_REPRODUCED
 
 
-def workers(asked: int, threads: int) -> int:
+def _workers(asked: int, threads: int) -> int:
     from esscher.runtime.device import available_processors
 
     return asked or max(1, available_processors() // threads)

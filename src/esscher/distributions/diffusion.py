@@ -165,14 +165,14 @@ class DiffusionModel(TrainedState):
         Raises:
             UserError: the model has no null condition.
         """
-        if scale != 1 and self.null is None:
-            raise UserError(
-                "this model was trained without a null condition, so guidance has nothing to compare "
-                "with: use a guidance scale of 1"
-            )
-        found = self.denoiser
+        found, null = self.denoiser, self.null
         if scale != 1:
-            found = classifier_free(found, self.null, scale)
+            if null is None:
+                raise UserError(
+                    "this model was trained without a null condition, so guidance has nothing to "
+                    "compare with: use a guidance scale of 1"
+                )
+            found = classifier_free(found, null, scale)
         return found if self.clip is None else clipped(found, self.clip)
 
     @torch.no_grad()

@@ -93,9 +93,8 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         folder, kept = tracked.run / "tensorboard", tracked.step + 1 if tracked.step else 0
-        # Files are read in the order of their names, which begin with the second they are from.
-        seconds = [int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*")]
-        while seconds and int(time.time()) <= max(seconds):
+        # Files are read in the order of their names, which begin with the second that they are from.
+        while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
             time.sleep(0.05)
         self._writer = SummaryWriter(str(folder), purge_step=kept)
 
