@@ -52,12 +52,9 @@ def pages(root: Path) -> dict[str, str]:
 
 
 def records(root: Path) -> dict[str, Path]:
-    """Files that pages link to: proof records with their figures, benchmarks, the licence."""
-    found = [
-        *root.glob("proofs/*.json"),
-        *root.glob("proofs/*.png"),
-        *root.glob("benchmarks/*.json"),
-    ]
+    """Files that pages link to: records of proofs and benchmarks with their figures, the licence."""
+    folders, kinds = ("proofs", "benchmarks"), ("*.json", "*.png")
+    found = [path for folder in folders for kind in kinds for path in (root / folder).glob(kind)]
     return {path.relative_to(root).as_posix(): path for path in [*found, root / "LICENSE"]}
 
 
