@@ -273,6 +273,12 @@ def test_estimates_are_clipped_where_the_scheduler_clips(
     assert clip is None or said.abs().max() > clip, "what the model learns by is not clipped"
 
 
+def test_the_digits_of_proofs_are_not_clipped(tmp_path: Path) -> None:
+    """The record of adaptive_guidance compares what the network itself says."""
+    images.digits_unet(updates=1).save_pretrained(tmp_path / "model")
+    assert load(tmp_path / "model").clip is None
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
