@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from esscher.distributions.policies import device_of
-from esscher.distributions.remembering import Player, Remembering
+from esscher.distributions.remembering import Player, remembers
 from esscher.errors import UserError
 from esscher.types import Spec
 
@@ -80,7 +80,8 @@ class Controller(nn.Module):
             raise ValueError(
                 f"observation must have {self.spec.obs_dim} numbers, got {observation.shape}"
             )
-        held = state if isinstance(self.policy, Remembering) else None
+        has_memory = remembers(self.policy)
+        held = state if has_memory else None
         if held is not None and len(held) != len(flat):
             raise ValueError(
                 f"the state remembers {len(held)} episodes and there are {len(flat)} observations: "
@@ -91,7 +92,7 @@ class Controller(nn.Module):
             started = torch.from_numpy(np.asarray(episode_start, bool).reshape(-1))
         player = Player(self.policy, explore=not deterministic, memory=held)
         action = self.native(player(torch.from_numpy(flat).to(device), started)).cpu().numpy()
-        known = player.memory if isinstance(self.policy, Remembering) else state
+        known = player.memory if has_memory else state
         return (action[0] if single else action), known
 
     def to_onnx(self, path: Path) -> None:
@@ -101,7 +102,7 @@ class Controller(nn.Module):
             ImportError: onnxscript is not installed (pip install "esscher[export]").
             UserError: the policy has a memory, which a graph of one step cannot hold.
         """
-        if isinstance(self.policy, Remembering):
+        if remembers(self.policy):
             raise UserError(
                 "this policy remembers its episode and draws its actions, which an ONNX graph of one "
                 "step cannot: use esscher.load(RUN).policy.predict with its state"

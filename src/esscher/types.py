@@ -5,6 +5,7 @@ A missing field is an attribute error with a type checker behind it, never a str
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar, dataclass_transform
 
@@ -30,8 +31,7 @@ class Record:
 
     def fields(self) -> dict[str, Any]:
         """Name -> value, in declaration order."""
-        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _field_names(type(self))}
 
     def to(self, device: torch.device | str) -> Self:
         """The same record on another device."""
@@ -66,6 +66,12 @@ class Record:
             return function(value)
 
         return type(self)(**{name: apply(value) for name, value in self.fields().items()})
+
+
+@functools.cache
+def _field_names(kind: Any) -> tuple[str, ...]:
+    """Looked up once: dataclasses.fields takes longer than a step of some environments."""
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 RecordType = TypeVar("RecordType", bound=type)

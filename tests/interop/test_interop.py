@@ -21,7 +21,7 @@ import toys
 from esscher.adapters.chunk_models import load_chunk_model
 from esscher.controller import Controller
 from esscher.distributions.chunks import ChunkPolicy
-from esscher.distributions.remembering import Memory, Remembering
+from esscher.distributions.remembering import Memory, remembers
 from esscher.envs import Dodge
 from esscher.errors import UserError
 from esscher.types import Spec
@@ -201,7 +201,7 @@ def test_onnx_acts_as_predict(slug: str, tmp_path: Path) -> None:
         policies = [Controller(learner(slug).policy, spec_of(slug))]
     for number, policy in enumerate(policies):
         path = tmp_path / f"policy{number}.onnx"
-        if isinstance(policy.policy, Remembering):
+        if remembers(policy.policy):
             with pytest.raises(UserError, match="remembers its episode"):
                 policy.to_onnx(path)
             continue

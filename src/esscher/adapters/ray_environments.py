@@ -50,7 +50,7 @@ class _Copy:
         metadata = {
             name: value
             for name, value in self._env.metadata.items()
-            if isinstance(value, int | float | str)
+            if isinstance(value, int | float | str | tuple)
         }
         return self._env.observation_space, self._env.action_space, metadata
 

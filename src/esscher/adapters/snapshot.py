@@ -37,11 +37,20 @@ class Unsupported(Exception):
 
 
 class SnapshotWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Outermost layer of every training environment: reads and writes the state of all below."""
+    """Outermost layer of every training environment: reads and writes the state of all below.
+
+    Of `info` it lets through what the adapter reads: of the rest, vector environments would make arrays
+    at every step.
+    """
 
     def __init__(self, env: gymnasium.Env[Any, Any]):
         super().__init__(env)
         self.unsupported_reason: str | None = unsupported(env)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        told = {"success": info["success"]} if "success" in info else {}
+        return obs, reward, terminated, truncated, told
 
     @property
     def snapshot(self) -> Snapshot:

@@ -8,7 +8,8 @@ Such policies draw their actions. All draws of an episode follow from its seed a
 episode does not depend on those that are played beside it.
 """
 
-from typing import Protocol, TypeVar, runtime_checkable
+import functools
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -32,7 +33,6 @@ class Memory(Record):
 Kept = TypeVar("Kept", bound=Memory)
 
 
-@runtime_checkable
 class Remembering(Protocol):
     """A policy with a memory."""
 
@@ -43,6 +43,16 @@ class Remembering(Protocol):
     def act(self, obs: Float[Tensor, "n o"], memory: Memory) -> tuple[Float[Tensor, "n a"], Memory]:
         """Actions in [-1, 1], and what is remembered from now on."""
         ...
+
+
+def remembers(policy: Any) -> TypeGuard[Remembering]:
+    """Whether a policy has a memory."""
+    return _has_memory(type(policy))
+
+
+@functools.cache
+def _has_memory(kind: type) -> bool:
+    return hasattr(kind, "begin") and hasattr(kind, "act")
 
 
 class Player:
@@ -64,7 +74,7 @@ class Player:
     ) -> Shaped[Tensor, "n *a"]:
         """What to do; `started` says in which environments an episode begins with this step."""
         policy = self.policy
-        if not isinstance(policy, Remembering):
+        if not remembers(policy):
             distribution = policy(obs)
             return distribution.sample() if self.explore else distribution.mode()
         if self.memory is None:

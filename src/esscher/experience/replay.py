@@ -122,6 +122,6 @@ class Replay(Stateful):
         head = min(count, self._capacity - begin)
         for name, column in self._columns.items():
             values = columns[name]
-            column[begin : begin + head] = values[:head]
+            column.narrow(0, begin, head).copy_(values if head == count else values[:head])
             if head < count:
                 column[: count - head] = values[head:]

@@ -28,7 +28,7 @@ from esscher import __version__
 from esscher.adapters.data import load_dataset, minari_path, open_minari
 from esscher.adapters.gymnasium import Environments, make
 from esscher.controller import Controller
-from esscher.distributions.remembering import Memory, Remembering
+from esscher.distributions.remembering import Memory, Remembering, remembers
 from esscher.errors import UserError, require
 from esscher.experiment import EnvConfig, Experiment
 from esscher.registry import load_method
@@ -348,7 +348,7 @@ def _agent(policy: Controller, seed: int, stochastic: bool) -> Choose:
     def choose(copies: Sequence[_Copy], iteration: int) -> Sequence[Any]:
         seed_phase(mix(seed, COLLECT), iteration, Phase.ACT)
         obs, state = np.stack([copy.flat for copy in copies]), None
-        if isinstance(policy.policy, Remembering):
+        if remembers(policy.policy):
             held = [copy.memory or _fresh_memory(policy.policy, copy, seed) for copy in copies]
             state = held[0].cat(held)
         actions, state = policy.predict(obs, state=state, deterministic=not stochastic)
