@@ -5,9 +5,8 @@ A missing field is an attribute error with a type checker behind it, never a str
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import numpy as np
 import torch
@@ -24,6 +23,9 @@ class Record:
 
     __slots__ = ()
 
+    _names: ClassVar[tuple[str, ...]] = ()
+    """Of the fields, noted once: dataclasses.fields takes longer than a step of a small environment."""
+
     def __post_init__(self) -> None:
         lengths = {n: v.shape[0] for n, v in self.fields().items() if isinstance(v, Tensor)}
         if len(set(lengths.values())) > 1:
@@ -31,7 +33,7 @@ class Record:
 
     def fields(self) -> dict[str, Any]:
         """Name -> value, in declaration order."""
-        return {name: getattr(self, name) for name in _field_names(type(self))}
+        return {name: getattr(self, name) for name in self._names}
 
     def to(self, device: torch.device | str) -> Self:
         """The same record on another device."""
@@ -68,19 +70,15 @@ class Record:
         return type(self)(**{name: apply(value) for name, value in self.fields().items()})
 
 
-@functools.cache
-def _field_names(kind: Any) -> tuple[str, ...]:
-    """Looked up once: dataclasses.fields takes longer than a step of some environments."""
-    return tuple(field.name for field in dataclasses.fields(kind))
-
-
 RecordType = TypeVar("RecordType", bound=type)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def record(cls: RecordType) -> RecordType:
     """Frozen, slotted, keyword-only dataclass."""
-    return dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(cls)
+    made: Any = dataclasses.dataclass(frozen=True, slots=True, kw_only=True)(cls)
+    made._names = tuple(field.name for field in dataclasses.fields(made))
+    return made
 
 
 @record

@@ -297,7 +297,7 @@ def _check_declared_dtype(name: str, env: gymnasium.Env[Any, Any], space: spaces
 
 def to_native(action: torch.Tensor, spec: Spec, box: Any) -> NDArray[Any]:
     """From [-1, 1] (clipped) to the environment's box, or to its labels."""
-    value = action.numpy(force=True)
+    value = action.detach().cpu().numpy()
     if spec.num_actions is not None:
         return value + spec.action_start
     value = _clipped(value, -1, 1).reshape(len(value), *box.shape)
