@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -74,8 +74,12 @@ def run(
     _join(experiment)
     chosen = fresh_folder(experiment) if directory is None else Path(directory)
     with _own_folder(chosen) as run_folder, _full_disk_explained(run_folder):
-        write_config(experiment, run_folder)
-        return _train(run_folder, None, display)
+        experiment = _ready(experiment, run_folder)
+        # Every complaint about the input comes before anything is written.
+        with closing(_Parts(experiment)) as parts:
+            _write_config(experiment, run_folder)
+            with _locked(run_folder), stop_requests() as requested:
+                return _Run(run_folder, experiment, parts, None, display).train(requested)
 
 
 def resume(directory: str | Path, *, step: int | None = None, display: bool = True) -> Result:
@@ -95,8 +99,14 @@ def resume(directory: str | Path, *, step: int | None = None, display: bool = Tr
     _join(experiment)
     fresh = step is None and not checkpoints.steps(shared)
     checkpoint = None if fresh else checkpoints.load(shared, step)
-    with _own_folder(shared) as run_folder:
-        return _train(run_folder, checkpoint, display)
+    with (
+        _own_folder(shared) as run_folder,
+        _full_disk_explained(run_folder),
+        _locked(run_folder),
+        stop_requests() as requested,
+        closing(_Parts(experiment)) as parts,
+    ):
+        return _Run(run_folder, experiment, parts, checkpoint, display).train(requested)
 
 
 def write_config(experiment: Experiment, run_folder: Path, *, tried: bool = False) -> None:
@@ -110,12 +120,22 @@ def write_config(experiment: Experiment, run_folder: Path, *, tried: bool = Fals
     Raises:
         UserError: the folder exists and is not empty, or the experiment cannot run here.
     """
+    experiment = _ready(experiment, run_folder)
+    if not tried:
+        _Parts(experiment).close()
+    _write_config(experiment, run_folder)
+
+
+def _ready(experiment: Experiment, run_folder: Path) -> Experiment:
+    """With every automatic choice resolved, if it may begin in this folder."""
     check_unused(run_folder)
     check_trackers(experiment.log.to)
     refuse_unstarted(experiment)
-    experiment = experiment.resolved()
-    if not tried:  # Every complaint about the input comes before anything is written.
-        _Parts(experiment).close()
+    return experiment.resolved()
+
+
+def _write_config(experiment: Experiment, run_folder: Path) -> None:
+    check_unused(run_folder)  # Another may have begun there while the parts were built.
     run_folder.mkdir(parents=True, exist_ok=True)
     write_atomically(run_folder / "config.json", json.dumps(experiment.to_json(), indent=2))
 
@@ -209,16 +229,6 @@ class _Parts:
 
     def close(self) -> None:
         self.world.close()
-
-
-def _train(run_folder: Path, checkpoint: checkpoints.Checkpoint | None, display: bool) -> Result:
-    experiment = read_experiment(run_folder)
-    with _full_disk_explained(run_folder), _locked(run_folder), stop_requests() as requested:
-        parts = _Parts(experiment)
-        try:
-            return _Run(run_folder, experiment, parts, checkpoint, display).train(requested)
-        finally:
-            parts.close()
 
 
 class _Run:
