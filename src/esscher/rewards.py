@@ -1,4 +1,4 @@
-"""Verifiers: rewards that can be checked. Each returns named components in [0, 1].
+"""Verifiers: rewards that can be checked. Each returns named components, in [0, 1] but for `digits`.
 
 Use them like your own: `--reward esscher.rewards:math_answer`. See docs/rewards.md.
 """
@@ -42,6 +42,12 @@ def reasoning_gym_answer(prompt: str, completion: str, row: Mapping[str, Any]) -
     gym: Any = needed("reasoning_gym", f"reasoning_gym:{row['task']}", "language")
     scorer = gym.get_score_answer_fn(row["task"])
     return {"correct": float(scorer(given_answer(completion), row["entry"]))}
+
+
+def digits(prompt: str, completion: str, row: Mapping[str, Any]) -> dict[str, float]:
+    """How many there are in the completion, and whether it begins with one: for first tries."""
+    count = sum(character.isdigit() for character in completion)
+    return {"reward": float(count), "begins_with_a_digit": float(completion[:1].isdigit())}
 
 
 def _as_mathematics(answer: str) -> str:

@@ -1,9 +1,6 @@
 """Rewards run in a process of their own: what they return, and every way in which they fail."""
 
-import math
-import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +18,9 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process must find this module as a user's own is found: from the working folder."""
+    """The process must find users_rewards as a user's own is found: from the working folder."""
     monkeypatch.chdir(HERE)
     monkeypatch.setenv("PYTHONPATH", f"{HERE}:{HERE.parents[1] / 'src'}")
-
-
-# ---- rewards, as users write them
-
-
-def length(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
-    return len(completion)
-
-
-def components(prompt: str, completion: str, row: Mapping[str, Any]) -> dict[str, float]:
-    return {"right": completion == row["answer"], "brief": 0.5}
-
-
-def weighed(prompt: str, completion: str, row: Mapping[str, Any]) -> dict[str, float]:
-    return {"reward": 10.0, "right": 1.0}
-
-
-def difficult(prompt: str, completion: str, row: Mapping[str, Any]) -> Any:
-    print("a reward may print")
-    kinds: dict[str, Any] = {"nan": math.nan, "inf": math.inf, "none": None, "empty": {}}
-    if completion == "raise":
-        raise ZeroDivisionError("of its own")
-    if completion == "hang":
-        time.sleep(60)
-    if completion == "exit":
-        os._exit(7)
-    return kinds.get(completion, 1.0)
-
-
-not_a_function = 3
 
 
 def judge(source: str | None, rows: Any = None, seconds: float = 5.0) -> RewardJudge:
@@ -109,26 +76,26 @@ def opened() -> Iterator[Any]:
 
 
 def test_a_number_is_the_reward(opened: Any) -> None:
-    scored = opened("test_rewards:length")(*written(["", "ab", "é"], [0, 1, 1]))
+    scored = opened("users_rewards:length")(*written(["", "ab", "é"], [0, 1, 1]))
     assert scored.reward.tolist() == [0, 2, 1]
     assert scored.valid.tolist() == [True] * 3
     assert scored.parts["reward"].tolist() == [0, 2, 1]
 
 
 def test_components_are_named_and_add_up_and_every_row_is_its_own(opened: Any) -> None:
-    scored = opened("test_rewards:components")(*written(["4", "5", "4", "5"], [0, 0, 1, 1]))
+    scored = opened("users_rewards:components")(*written(["4", "5", "4", "5"], [0, 0, 1, 1]))
     assert scored.parts["right"].tolist() == [1, 0, 0, 1]
     assert scored.reward.tolist() == [1.5, 0.5, 0.5, 1.5]
 
 
 def test_a_component_called_reward_is_the_reward(opened: Any) -> None:
-    scored = opened("test_rewards:weighed")(*written(["4"], [0]))
+    scored = opened("users_rewards:weighed")(*written(["4"], [0]))
     assert scored.reward.tolist() == [10] and scored.parts["right"].tolist() == [1]
 
 
 def test_a_lambda_of_another_data_set_is_given_its_rows(opened: Any) -> None:
     rows = [{"answer": "9"}]
-    scored = opened("test_rewards:components")(*written(["9"], [0]), rows)
+    scored = opened("users_rewards:components")(*written(["9"], [0]), rows)
     assert scored.parts["right"].tolist() == [1]
 
 
@@ -148,7 +115,7 @@ def test_a_lambda_of_another_data_set_is_given_its_rows(opened: Any) -> None:
     ],
 )
 def test_a_failure_is_said_and_is_no_evidence(opened: Any, text: str, said: str) -> None:
-    judge = opened("test_rewards:difficult", seconds=0.5 if text == "hang" else 10)
+    judge = opened("users_rewards:difficult", seconds=0.5 if text == "hang" else 10)
     with pytest.warns(UserWarning, match=said):
         scored = judge(*written(["fine", text, "fine"], [0, 0, 1]))
     assert scored.valid.tolist() == [True, False, True]
@@ -161,10 +128,10 @@ def test_a_failure_is_said_and_is_no_evidence(opened: Any, text: str, said: str)
 def test_what_cannot_be_a_reward_is_refused_before_anything_starts() -> None:
     with pytest.raises(UserError, match="lite_ppo needs a reward: give --reward module:function"):
         judge(None)
-    with pytest.raises(UserError, match="reward 'test_rewards:missing' cannot be imported"):
-        judge("test_rewards:missing")
+    with pytest.raises(UserError, match="reward 'users_rewards:missing' cannot be imported"):
+        judge("users_rewards:missing")
     with pytest.raises(UserError, match="is a int, not a function"):
-        judge("test_rewards:not_a_function")
+        judge("users_rewards:not_a_function")
 
 
 # ---- verifiers
@@ -214,5 +181,5 @@ def test_tasks_of_reasoning_gym_bring_their_verifier(opened: Any) -> None:
 
 def test_waiting_for_ever_is_not_too_long(opened: Any) -> None:
     """Of 1e30 seconds some systems say that they cannot."""
-    scored = opened("test_rewards:length", seconds=1e30)(*written(["ab"], [0]))
+    scored = opened("users_rewards:length", seconds=1e30)(*written(["ab"], [0]))
     assert scored.reward.tolist() == [2]

@@ -684,7 +684,7 @@ def logged() -> list[dict[str, Any]]:
 
 def test_it_learns_from_logged_turns_alone(tmp_path: Path) -> None:
     found = changed(episodes=0, actor_loss="awr", value_target="expectile", inverse_temperature=3.0,
-                    batch_size=32, critic_updates=10, actor_updates=5)  # fmt: skip
+                    batch_size=32, micro_batch_size=32, critic_updates=10, actor_updates=5)  # fmt: skip
     stage = replace(found.stages[-1], data=f"{__name__}:logged", steps=12)
     found = replace(
         found, stages=(stage,), evaluation=esscher.EvaluationConfig(every=0, episodes=2)

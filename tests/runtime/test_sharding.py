@@ -39,7 +39,7 @@ PAIRS = (
 )
 
 
-def command(*line: str) -> None:
+def command(*line: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "ESSCHER_TYPECHECK": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "esscher.cli", *line],
@@ -49,6 +49,7 @@ def command(*line: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -68,7 +69,10 @@ def test_it_trains_as_one_process_does_and_goes_on_exactly(tmp_path: Path) -> No
     path, one, two = tmp_path / "config.yaml", tmp_path / "one", tmp_path / "two"
     path.write_text(yaml.safe_dump(FILE), encoding="utf-8")
     assert run_command([*PAIRS, "--directory", str(one)]) == 0
-    command(*PAIRS, "--directory", str(two), "--runtime.accelerate", str(path))
+    done = command(*PAIRS, "--directory", str(two), "--runtime.accelerate", str(path))
+    assert done.stdout.count("preference accuracy") == 1, "one process speaks"
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ["config.yaml", "one", "two"], "the second process leaves nothing"
     sharded = tensors(two)
     check_close(tensors(one), sharded, rtol=1e-5, atol=3e-5)
     model = (folder / "model/model.safetensors" for folder in (one, two))

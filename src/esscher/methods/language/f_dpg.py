@@ -633,7 +633,7 @@ def smoke() -> Experiment:
             source="esscher.models:tiny_llama", kwargs={"characters": "0123456789+-*/=() "}
         ),
         data="esscher.datasets:sums_asked",
-        text=TextConfig(reward=f"{HERE}:_digits"),
+        text=TextConfig(reward="esscher.rewards:digits"),
         steps=10,
         evaluation=EvaluationConfig(every=5, episodes=4, deterministic=False),
         checkpoint=CheckpointConfig(every=5),
@@ -679,12 +679,6 @@ HERE = "esscher.methods.language.f_dpg"
 
 def _says_amazing(prompt: str, completion: str, row: Any) -> dict[str, float]:
     return {"says_amazing": float(re.search(r"\bamazing\b", completion) is not None)}
-
-
-def _digits(prompt: str, completion: str, row: Any) -> dict[str, float]:
-    """How many there are, and whether one is first."""
-    count = sum(character.isdigit() for character in completion)
-    return {"reward": float(count), "begins_with_a_digit": float(completion[:1].isdigit())}
 
 
 def proof() -> Proof:

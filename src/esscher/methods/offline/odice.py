@@ -419,15 +419,15 @@ def transformed_reward(
 
 
 def smoke() -> Experiment:
-    """A few hundred updates of small networks: does everything run?"""
+    """A hundred and sixty updates of small networks: does everything run?"""
     return Experiment.of(
         Config(
             hidden=(32, 32), policy_hidden=(32, 32), batch_size=32, reward_transform="locomotion"
         ),
         env="Pendulum-v1",
         data="esscher.datasets:pendulum",
-        steps=400,
-        evaluation=EvaluationConfig(every=200, episodes=2),
+        steps=160,
+        evaluation=EvaluationConfig(every=80, episodes=2),
     )
 
 

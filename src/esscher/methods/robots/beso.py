@@ -488,7 +488,7 @@ class BESO(Method):
 
 
 def smoke() -> Experiment:
-    """A few hundred updates of a tiny transformer: does everything run?"""
+    """Eighty updates of a tiny transformer: does everything run?"""
     return Experiment.of(
         Config(
             goal=(2, 3),
@@ -503,8 +503,8 @@ def smoke() -> Experiment:
         ),
         env=EnvConfig(id="esscher.envs:TwoGaps"),
         data="esscher.datasets:two_gaps",
-        steps=200,
-        evaluation=EvaluationConfig(every=100, episodes=2, step_limit=20),
+        steps=80,
+        evaluation=EvaluationConfig(every=40, episodes=2, step_limit=20),
     )
 
 

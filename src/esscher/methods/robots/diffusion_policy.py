@@ -265,7 +265,7 @@ class DiffusionPolicy(Method):
 
 
 def smoke() -> Experiment:
-    """A few hundred updates of a small U-Net: does everything run?"""
+    """Eighty updates of a small U-Net: does everything run?"""
     return Experiment.of(
         Config(
             horizon=4,
@@ -280,8 +280,8 @@ def smoke() -> Experiment:
         ),
         env=EnvConfig(id="esscher.envs:Dodge"),
         data="esscher.datasets:dodge",
-        steps=200,
-        evaluation=EvaluationConfig(every=100, episodes=2, step_limit=20),
+        steps=80,
+        evaluation=EvaluationConfig(every=40, episodes=2, step_limit=20),
     )
 
 
