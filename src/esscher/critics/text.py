@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from esscher.critics import Values
 from esscher.nn.mlp import MLP
+from esscher.nn.sharding import all_placed_like, shard
+from esscher.runtime.device import Sharding
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -44,7 +46,8 @@ class TrainedState(nn.Module):
         """Of a `state_dict`; strict: with exactly its names."""
         if strict and (state_dict.keys() != (own := self.state_dict().keys())):
             raise ValueError(f"state does not fit: {sorted(state_dict.keys() ^ own)[:5]} differ")
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        placed = all_placed_like(state_dict, super().state_dict())
+        return super().load_state_dict(placed, strict=False, assign=assign)
 
 
 class TextEncoder(nn.Module):
@@ -158,6 +161,17 @@ class TokenValue(TrainedState):
     def trained(self) -> list[nn.Parameter]:
         """What an optimiser moves."""
         return [p for p in self.parameters() if p.requires_grad]
+
+    def shard(self, device: torch.device, sharding: Sharding) -> None:
+        """Leave this process its part of the model's weights (see nn/sharding.py), not of the head's.
+
+        Raises:
+            UserError: the model has no blocks of the classes that are to be sharded.
+        """
+        blocks = sharding.blocks or tuple(getattr(self.model, "_no_split_modules", None) or ())
+        again = sharding.reshard_after_forward
+        shard(self.model, self.model, blocks, device, reshard_after_forward=again)
+        self.head.to(device)
 
     def forward(
         self, tokens: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]

@@ -119,6 +119,11 @@ def placed_like(value: Tensor, own: Tensor) -> Tensor:
     return distribute_tensor(whole, place.device_mesh, place.placements, src_data_rank=None)
 
 
+def all_placed_like(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of each tensor of a state that has a counterpart."""
+    return {k: placed_like(v, own[k]) if k in own else v for k, v in state.items()}
+
+
 def whole_on_cpu(state: Mapping[str, Any], *, keep: bool) -> dict[str, Any]:
     """A state with the parts of all processes put together, one tensor after the other.
 

@@ -151,6 +151,10 @@ class Runtime:
         sum_over_processes([table])
         return table.flatten(0, 1).to(own.dtype)
 
+    def most(self, count: int) -> int:
+        """The largest of the counts that the processes have."""
+        return int(self.joined(torch.tensor([count], device=self.device)).max())
+
     @property
     def reading_device(self) -> torch.device:
         """Where to read a model that `prepare` is to be called with: whole, it might not fit a GPU."""

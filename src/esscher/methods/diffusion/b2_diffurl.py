@@ -264,6 +264,7 @@ class B2DiffuRL(Method):
     rewarded = True
     headline = "reward"
     shares = True
+    shards = True
 
     def __init__(self, cfg: Config, spec: ImageSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
@@ -277,6 +278,7 @@ class B2DiffuRL(Method):
         num_drawn = int((levels[-cfg.first_suffix :] > 0).sum())
         told = ">= 2, for the last step of this model, to noise level 0, is no draw"
         require("first_suffix", cfg.first_suffix, num_drawn > 0, told)
+        runtime.prepare(self.model, self._reference)
         self.opt = Optim(
             self.model.trained,
             cfg.learning_rate,
@@ -329,8 +331,8 @@ class B2DiffuRL(Method):
             "skipped": torch.tensor(float(count == 0)),
         }
         if count > 0:
-            paths = self.paths(asked, chain, advantage).index(chosen)
-            told |= self.learn(paths, chain.sigma, place[held[chosen]], count)
+            paths = self.paths(asked, chain, advantage)
+            told |= self.learn(paths, chain.sigma, chosen, place[held[chosen]], count)
         return told, rewards
 
     def held(self, num_conditions: int) -> Int[Tensor, "m"]:
@@ -459,21 +461,23 @@ class B2DiffuRL(Method):
         self,
         paths: Paths,
         sigma: Float[Tensor, "levels"],
+        chosen: Int[Tensor, "n"] | None = None,
         place: Int[Tensor, "n"] | None = None,
         count: int | None = None,
     ) -> Metrics:
         """The epochs of a stage.
 
         Args:
-            paths: what this process holds of the samples that are learned from.
+            paths: of the samples that this process holds.
             sigma: noise levels of the paths.
-            place: of each among those of all processes; None: these are all.
-            count: of those of all processes; None: these are all.
+            chosen: which of these samples are learned from; None: all.
+            place: of each of those among the chosen ones of all processes; None: these are all.
+            count: of the chosen ones of all processes; None: these are all.
         """
-        place = torch.arange(len(paths), device=paths.x.device) if place is None else place
-        count = len(paths) if count is None else count
+        chosen = torch.arange(len(paths), device=paths.x.device) if chosen is None else chosen
+        count = len(chosen) if count is None else count
         here = torch.full((count,), -1, device=paths.x.device)
-        here[place] = torch.arange(len(paths), device=paths.x.device)
+        here[slice(None) if place is None else place] = chosen
         minibatches = -(-count // self.cfg.minibatch_size)
         reports: list[Metrics] = []
         for _ in range(self.cfg.epochs):
@@ -504,13 +508,19 @@ class B2DiffuRL(Method):
         reports: list[Metrics] = [dict.fromkeys(("loss", "outside_clip", "step_kl"), zero)]
 
         def loss(part: Int[Tensor, "p 2"]) -> Float[Tensor, ""]:
+            if len(part) == 0:  # Asked for the sake of the others, see below.
+                first = pairs.new_zeros(1)
+                return 0 * self.terms(paths, first, first, sigma)[0].sum()
             terms, outside, distance = self.terms(paths, part[:, 0], part[:, 1], sigma)
             named = {"loss": terms, "outside_clip": outside, "step_kl": distance}
             sums = {name: value.sum() / (count * num_steps) for name, value in named.items()}
             reports.append({name: value.detach() for name, value in sums.items()})
             return sums["loss"]
 
-        parts = pairs.split(self.cfg.micro_batch_size or len(pairs)) if len(pairs) > 0 else ()
+        size = self.cfg.micro_batch_size or len(pairs)
+        parts = list(pairs.split(size)) if len(pairs) > 0 else []
+        if self.runtime.sharding is not None:  # All processes must ask the model equally often.
+            parts += [pairs[:0]] * (self.runtime.most(len(parts)) - len(parts))
         self.opt.minimize_sum(loss, parts)
         return {name: torch.stack([r[name] for r in reports]).sum() for name in reports[0]}
 

@@ -69,6 +69,7 @@ from esscher.functional.distillation import (
 from esscher.functional.divergences import FDivergence, by_name
 from esscher.method import Method, Paper
 from esscher.nn.discriminator import FeatureHead, NoisySampleHead
+from esscher.nn.sharding import put_together
 from esscher.proof import Check, Claim, Figures, FinishedRun, Proof, within
 from esscher.runtime.device import Runtime, RuntimeConfig, sum_over_processes
 from esscher.runtime.optim import Optim, polyak
@@ -210,6 +211,7 @@ class FDistill(Method):
     data = "required"
     headline = "fake_loss"
     shares = True
+    shards = True
 
     def __init__(self, cfg: Config, spec: ImageSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
@@ -220,8 +222,6 @@ class FDistill(Method):
         self._teacher = model.frozen()
         self.student, self.fake = model, model.averaged()
         self.average = model.averaged() if cfg.average else model
-        self.student_opt = self._optim(self.student.trained, cfg.learning_rate)
-        self.fake_opt = self._optim(self.fake.trained, cfg.fake_learning_rate)
         own: Prediction = getattr(model.denoiser, "prediction", "v_prediction")
         self._weighting: Prediction = own if cfg.fake_weighting == "model" else cfg.fake_weighting
         self._middle: nn.Module | None = None
@@ -230,6 +230,9 @@ class FDistill(Method):
             self.discriminator = self._head().to(runtime.device)
             weights = self.discriminator.parameters()
             self.discriminator_opt = self._optim(weights, cfg.discriminator_learning_rate)
+        runtime.prepare(self.student, self.fake, self.average, self._teacher)
+        self.student_opt = self._optim(self.student.trained, cfg.learning_rate)
+        self.fake_opt = self._optim(self.fake.trained, cfg.fake_learning_rate)
         self.bin_means = torch.ones(cfg.num_bins, device=runtime.device)
         low, high = _ends_of(model)
         self._first_sigma = cfg.first_sigma or high
@@ -283,6 +286,8 @@ class FDistill(Method):
     ) -> Metrics:
         loss, told = self._student_loss(start, sigma, noise, condition)
         self.student_opt.minimize_mean(loss)
+        if self.cfg.gan_weight:  # What a sharded student's gradient has left there.
+            self.discriminator.zero_grad()
         if self.average is not self.student:
             # A young average would be the weights that it began with.
             done = step // self.cfg.student_update_every
@@ -413,12 +418,19 @@ class FDistill(Method):
         self, noisy: Float[Tensor, "b *d"], sigma: Float[Tensor, "b"], condition: Condition
     ) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b 1"]]:
         """What the teacher says, without gradient, and the discriminator, with that to `noisy`."""
-        if self._middle is not None:
-            with _outputs_of(self._middle) as seen:
-                clean = self._teacher.denoiser(noisy, sigma, condition)
-            return clean.detach(), self.discriminator(seen[-1].float())
+        teacher, middle = self._teacher.denoiser, self._middle
+        if middle is not None:
+
+            def look() -> tuple[Tensor, Tensor]:
+                with _outputs_of(middle) as seen:
+                    clean = teacher(noisy, sigma, condition)
+                return clean.detach(), seen[-1]
+
+            # As its answers, so that a sharded teacher is put together for their gradients.
+            clean, features = put_together(teacher, look)
+            return clean, self.discriminator(features.float())
         with torch.no_grad():
-            clean = self._teacher.denoiser(noisy, sigma, condition)
+            clean = teacher(noisy, sigma, condition)
         if not self.cfg.gan_weight:
             return clean, noisy.new_zeros(len(noisy), 1)
         return clean, self.discriminator(noisy, sigma, condition)

@@ -138,6 +138,7 @@ class DivergencePPO(Method):
     data = "optional"
     headline = "reward"
     shares = True
+    shards = True
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
@@ -146,6 +147,7 @@ class DivergencePPO(Method):
         self.model = spec.model
         self._reference = spec.model.frozen()
         self.critic = TokenValue(twin_of(body_of(self.model.model)))
+        runtime.prepare(self.model, self._reference, self.critic)
         norm = cfg.max_grad_norm
         self.opt = Optim(self.model.trained, cfg.learning_rate, max_grad_norm=norm)
         self.critic_opt = Optim(self.critic.trained, cfg.value_learning_rate, max_grad_norm=norm)

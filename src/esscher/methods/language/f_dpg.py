@@ -77,6 +77,7 @@ from esscher.functional.matching import (
 )
 from esscher.method import Method, Paper
 from esscher.models import character_tokenizer
+from esscher.nn.sharding import own_part
 from esscher.proof import Check, Claim, Figures, FinishedRun, Proof, within
 from esscher.runtime.device import Runtime, RuntimeConfig, sum_over_processes
 from esscher.runtime.optim import Optim
@@ -308,12 +309,14 @@ class FDPG(Method):
     data = "optional"
     headline = "jensen_shannon"
     shares = True
+    shards = True
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
         runtime.share(cfg.batch_size)  # Said before work starts where they cannot.
         self.model = spec.model
         self._reference = spec.model.frozen()
+        runtime.prepare(self.model, self._reference)
         trained = self.model.trained
         self.opt = Optim(trained, cfg.learning_rate, max_grad_norm=cfg.max_grad_norm)
         lagged = cfg.proposal == "lagged"
@@ -366,15 +369,21 @@ class FDPG(Method):
     @contextmanager
     def as_proposal(self) -> Iterator[None]:
         """The model has the older copy's weights for a while, if there is one."""
-        trained = self.model.trained if self.proposal else []
-        own = [parameter.data for parameter in trained]
+        self.exchange_weights()
         try:
-            for parameter, older in zip(trained, self.proposal, strict=True):
-                parameter.data = older
             yield
         finally:
-            for parameter, data in zip(trained, own, strict=True):
-                parameter.data = data
+            self.exchange_weights()
+
+    @torch.no_grad()
+    def exchange_weights(self) -> None:
+        """Between the model and the older copy, one tensor after the other, in their own memory."""
+        if self.proposal:
+            for older, parameter in zip(self.proposal, self.model.trained, strict=True):
+                theirs, own = own_part(older), own_part(parameter)
+                kept = own.clone()
+                own.copy_(theirs)
+                theirs.copy_(kept)
 
     def update(self, batch: Scored, step: int) -> Metrics:
         cfg, scored = self.cfg, batch.to(self.runtime.device)
@@ -557,7 +566,8 @@ class FDPG(Method):
         gain = (samples.weight * nearer[self.cfg.proposal_metric]).sum()
         sum_over_processes([gain])
         for older, parameter in zip(self.proposal, self.model.trained, strict=True):
-            older.copy_(torch.where(gain > 0, parameter, older))
+            theirs, own = own_part(older), own_part(parameter)
+            theirs.copy_(torch.where(gain > 0, own, theirs))
         return (gain > 0).double()
 
     # ---- the report

@@ -37,6 +37,7 @@ guides any other that has its tokens: esscher.samplers.guided.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -178,19 +179,22 @@ class GenARM(Method):
     rows = "pairs"
     headline = "accuracy"
     shares = True
+    shards = True
 
     def __init__(self, cfg: Config, spec: TextSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
+        if runtime.sharding is not None:  # All processes must ask the model equally often.
+            runtime.share(cfg.batch_size)
         self.model = spec.model
-        tokenizer = spec.tokenizer
+        tokenizer, device = spec.tokenizer, runtime.reading_device
         if cfg.base is None:
             self._base = spec.model.frozen()
         else:
-            self._base, tokenizer = frozen_model(cfg.base, runtime.device, "base")
+            self._base, tokenizer = frozen_model(cfg.base, device, "base")
             _check_tokens(spec.tokenizer, tokenizer, f"the base model {cfg.base}")
         self._others: list[LanguageModel] = []
         for source in cfg.others:
-            other, its_tokenizer = frozen_model(source, runtime.device, "others")
+            other, its_tokenizer = frozen_model(source, device, "others")
             _check_tokens(its_tokenizer, tokenizer, f"the other reward model {source}")
             self._others.append(other)
         self._vocabulary = len(tokenizer)
@@ -198,6 +202,7 @@ class GenARM(Method):
         if cfg.reward == "trajectory":
             width = self.model.head.weight.shape[1]
             self.head = nn.Linear(width, 1, bias=False, device=runtime.device)
+        runtime.prepare(self.model, self._base, *self._others)
         self.opt = Optim(
             [*self.model.trained, *([] if self.head is None else self.head.parameters())],
             cfg.learning_rate,
@@ -262,7 +267,9 @@ class GenARM(Method):
             weights: of this reward model and the others, in place of the configured ones.
         """
         cfg, base = self.cfg, self._base
-        with self.model.writing():
+        with ExitStack() as stack:
+            for model in (self.model, base, *self._others):
+                stack.enter_context(model.writing())
             if cfg.guidance == "token":
                 models = [base, self.model, *self._others]
                 return write(self.rule(weights), models, tokens, mask, seeds, decoding)
