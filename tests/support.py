@@ -31,7 +31,7 @@ def smoke(slug: str, **changes: Any) -> esscher.Experiment:
     stage = experiment.stages[-1]
     env = {k[4:]: changes.pop(k) for k in list(changes) if k.startswith("env_")}
     stage = replace(stage, env=replace(stage.env, **env), steps=changes.pop("steps", stage.steps))
-    every = 70 if stage.steps > 70 else 2
+    every = 70 if stage.steps >= 140 else 2
     defaults = {"log": esscher.LogConfig(every=every, to=()), "runtime": RUNTIME}
     return replace(experiment, stages=(stage,), **{**defaults, **changes})
 
