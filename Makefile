@@ -2,10 +2,11 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# What is imported compiles itself; to compile all of torch takes longer than many a test.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt
 DEMO := runs/demo
 
-.PHONY: demo test lint format prove readme docs docs-serve benchmark clean
+.PHONY: demo test types tests lint format prove readme docs docs-serve benchmark clean
 
 # torch first: with it in place, nothing else pulls another build of it in.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -32,8 +33,14 @@ demo: $(BIN)/.installed
 test: $(BIN)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory --jobs 2 types tests
+
+# The type checker uses one processor, so the tests begin beside it.
+types:
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+tests:
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 lint: $(BIN)/.installed-dev

@@ -12,6 +12,7 @@ import yaml
 from esscher.cli import run_command
 from esscher.errors import UserError
 from esscher.experiment import Experiment
+from esscher.registry import load_method
 from esscher.runtime import run as runner
 from esscher.runtime.launch import launch_of, read_launch, status_of
 from support import smoke
@@ -129,7 +130,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             read_launch(path)
 
 
-def test_methods_devices_and_precision_must_fit(write: Write) -> None:
+def test_methods_devices_and_precision_must_fit(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="sac trains in one process, and runtime.accelerate .* 2:"):
         launch_of(asking(write(), "sac"))
     with pytest.raises(UserError, match="archer trains in one process"):
@@ -139,6 +142,7 @@ def test_methods_devices_and_precision_must_fit(write: Write) -> None:
     there = {"distributed_type": "MULTI_GPU", "use_cpu": False}
     with pytest.raises(UserError, match="runtime.device is cpu, and .* use_cpu false"):
         launch_of(asking(write(**there)))
+    monkeypatch.setattr(load_method("genarm"), "shards", False)
     with pytest.raises(UserError, match="genarm needs whole weights in every process"):
         launch_of(asking(write(distributed_type="FSDP", fsdp_config=SHARDED), "genarm"))
 

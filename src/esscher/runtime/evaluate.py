@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import nn
 
 from esscher.adapters.episodes import EpisodeRunner
@@ -138,6 +137,8 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
     Source: Wilson 1927, without continuity correction.
     """
+    from scipy.stats import binomtest  # Half a second, which few commands need.
+
     interval = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
