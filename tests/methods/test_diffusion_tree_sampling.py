@@ -97,7 +97,7 @@ def test_the_value_of_the_root_is_a_log_normaliser() -> None:
     torch.manual_seed(0)
     mean, variance = law(0.5)
     for temperature in (1.0, 2.0):
-        learner = method(evaluations=20_000, widening_exponent=1.0, inverse_temperature=temperature)
+        learner = method(evaluations=8_000, widening_exponent=1.0, inverse_temperature=temperature)
         told, _ = learner.improve(asked(0.5), Slope(), 1)  # type: ignore[arg-type]
         expected = mean + temperature * variance / 2
         assert float(told["value"]) == pytest.approx(expected, abs=0.1)

@@ -59,21 +59,28 @@ def report(folder, **options):
     return html, Page(html)
 
 
-@pytest.fixture
-def comparison(tmp_path):
-    """Two finished methods, one that is still going, two tasks."""
+def write_comparison(folder, still_going):
+    """Two finished methods, and perhaps one that is still going, on two tasks."""
     for env in ("Hopper-v5", "Walker2d-v5"):
         for seed in range(3):
             options = {"env": env, "seed": seed, "noise": 10}
-            write_run(tmp_path / f"{env}-d{seed}", "dsac_t", label="DSAC-T", height=2300,
+            write_run(folder / f"{env}-d{seed}", "dsac_t", label="DSAC-T", height=2300,
                       method={"lr": 1e-4, "bias": 50.0}, **options)  # fmt: skip
-            write_run(tmp_path / f"{env}-s{seed}", "sac", height=2000, **options)
-    write_run(tmp_path / "going", "td3", reached=40_000, half_line=True)
-    return tmp_path
+            write_run(folder / f"{env}-s{seed}", "sac", height=2000, **options)
+    if still_going:
+        write_run(folder / "going", "td3", reached=40_000, half_line=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """A folder, and what its page says: for many tests, which only read it."""
+    folder = write_comparison(tmp_path_factory.mktemp("comparison"), still_going=True)
+    return folder, *report(folder, title="Which one?", notes="First.\n\nSecond <script>.")
 
 
 def test_page_is_well_formed_and_needs_nothing_from_elsewhere(comparison):
-    html, page = report(comparison)
+    folder, html, page = comparison
     assert "http://" not in html and "https://" not in html and "//cdn" not in html
     assert "@import" not in html and "esscher-title" not in html
     assert len(page.ids) == len(set(page.ids)), "an id occurs twice"
@@ -81,15 +88,15 @@ def test_page_is_well_formed_and_needs_nothing_from_elsewhere(comparison):
     inner += re.findall(r"url\(#([^)]*)\)", html)
     assert inner and set(inner) <= set(page.ids)
     outer = [reference for reference in page.references if not reference.startswith("#")]
-    assert all((comparison / unquote(name)).is_file() for name in outer)
+    assert all((folder / unquote(name)).is_file() for name in outer)
     beside = [name for name in outer if "/" not in name]
     assert beside == ["report_curves.csv", "report_ranking.csv", "report_curves.png"]
-    in_folder = {path.name for path in (comparison / "report_figures").iterdir()}
+    in_folder = {path.name for path in (folder / "report_figures").iterdir()}
     assert {unquote(name.rpartition("/")[2]) for name in outer if "/" in name} == in_folder
 
 
 def test_page_can_be_read_without_sight_and_without_a_mouse(comparison):
-    html, page = report(comparison)
+    _, html, page = comparison
     (root,) = page.all("html")
     assert root["lang"] == "en"
     assert {"header", "main", "nav", "footer"} <= {tag for tag, _ in page.tags}
@@ -108,7 +115,7 @@ def test_page_can_be_read_without_sight_and_without_a_mouse(comparison):
 
 
 def test_page_says_what_was_found(comparison):
-    _, page = report(comparison, title="Which one?", notes="First.\n\nSecond <script>.")
+    folder, _, page = comparison
     text = page.text
     assert "Over 2 tasks" not in text, "td3 has no score on one of them"
     assert "On Hopper-v5 after 100,000 steps DSAC-T ranks first: 2," in text
@@ -118,39 +125,32 @@ def test_page_says_what_was_found(comparison):
     assert "Second <script>." in text and len(page.all("script")) == 1
     for name in ("critic_loss", "method.lr", "method.bias", "esscher 0.1.0", "device cpu"):
         assert name in text
-    assert f"esscher resume {comparison / 'going'}" in text
+    assert f"esscher resume {folder / 'going'}" in text
     assert "esscher compare dsac_t sac td3 --env.id Hopper-v5 --steps 100000 --seeds 10" in text
     assert "--to onnx" in text and "esscher eval" in text
 
 
-def test_tasks_shared_by_all_methods_are_summed_up_first(comparison):
-    (comparison / "going" / "config.json").unlink()
-    _, page = report(comparison)
-    assert "Over 2 tasks, returns normalised per task, DSAC-T ranks first: 0.9" in page.text
-    assert "Performance profiles" in page.text
-
-
 def test_numbers_lie_beside_the_page(comparison):
-    report(comparison)
-    with (comparison / "report_ranking.csv").open() as file:
+    folder, _, _ = comparison
+    with (folder / "report_ranking.csv").open() as file:
         rows = list(csv.DictReader(file))
     first = next(row for row in rows if row["task"] == "Hopper-v5")
     assert (first["method"], first["rank"], first["seeds"]) == ("DSAC-T", "1", "3")
     assert float(first["low"]) <= float(first["iqm"]) <= float(first["high"])
-    with (comparison / "report_curves.csv").open() as file:
+    with (folder / "report_curves.csv").open() as file:
         curves = list(csv.DictReader(file))
     assert len(curves) == 12 * 20 + 8
     assert {row["world"] for row in curves} == {"control"}
-    assert (comparison / "report_curves.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(comparison.glob(".*part")), "a temporary file was left behind"
+    assert (folder / "report_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.glob(".*part")), "a temporary file was left behind"
 
 
 def test_equal_runs_give_an_equal_page(comparison):
     names = ("report.html", "report_curves.csv", "report_ranking.csv", "report_curves.png")
-    report(comparison)
-    before = [(comparison / name).read_bytes() for name in names]
-    report(comparison)
-    assert [(comparison / name).read_bytes() for name in names] == before
+    folder, _, _ = comparison
+    before = [(folder / name).read_bytes() for name in names]
+    report(folder, title="Which one?", notes="First.\n\nSecond <script>.")
+    assert [(folder / name).read_bytes() for name in names] == before
 
 
 def test_one_seed_claims_no_order(tmp_path):
@@ -343,13 +343,15 @@ def test_what_the_model_of_before_drew_is_shown_once_where_methods_begin_alike(t
     assert not any("every method" in alt for alt in shown) and len(shown) == 4
 
 
-def test_every_figure_lies_beside_the_page_as_picture_and_numbers(comparison):
-    (comparison / "going" / "config.json").unlink()
+def test_finished_runs_are_summed_up_first_with_every_figure_beside_the_page(tmp_path):
+    comparison = write_comparison(tmp_path, still_going=False)
     folder = comparison / "report_figures"
     folder.mkdir()
     (folder / "of_last_time.png").write_bytes(b"old")
     (folder / "notes.txt").write_text("mine")
     _, page = report(comparison)
+    assert "Over 2 tasks, returns normalised per task, DSAC-T ranks first: 0.9" in page.text
+    assert "Performance profiles" in page.text
     names = sorted(path.stem for path in folder.glob("*.png"))
     assert names == sorted(path.stem for path in folder.glob("*.csv"))
     assert len(names) == len(page.all("svg")) and "of_last_time" not in names

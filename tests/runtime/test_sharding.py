@@ -119,6 +119,7 @@ WRITTEN = {
     "f_dpg": ("f_dpg:smoke",),
     "divergence_ppo": ("divergence_ppo:smoke", "--method.num-minibatches", "1"),
     "genarm": ("genarm:smoke",),
+    "sft": ("sft:smoke",),
 }
 """With one minibatch where which rows are together is each process's own."""
 
