@@ -25,6 +25,16 @@ if os.environ.get("ESSCHER_TYPECHECK", "1") != "0":
     jaxtyping.install_import_hook([f"esscher.{name}" for name in CHECKED], "checker.checked")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of several processes come first, so that one worker runs them one after the other: two at
+    once on two processors would spend their time in waiting for each other.
+    """
+    for item in items:
+        if item.get_closest_marker("processes"):
+            item.add_marker(pytest.mark.timeout(900))  # They take long to start on a busy machine.
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)

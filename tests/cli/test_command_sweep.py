@@ -120,6 +120,7 @@ def test_retries_are_counted(monkeypatch, capsys):
     assert "report" not in said.out  # nothing finished: nothing to report
 
 
+@pytest.mark.processes
 def test_sweep_on_ray(capsys):
     ray = pytest.importorskip("ray")
     assert not ray.is_initialized()

@@ -369,6 +369,7 @@ def test_unknown_arguments_are_refused() -> None:
         make(EnvConfig(id="toys:Countdown", kwargs={"gravity": 1.0}))
 
 
+@pytest.mark.processes
 def test_actors_of_ray_do_what_copies_in_this_process_do():
     ray = pytest.importorskip("ray")
     config = EnvConfig(id="Pendulum-v1", num=2, max_episode_steps=4)

@@ -29,7 +29,7 @@ def steps_logged(folder: Path) -> list[int]:
     return [row["step"] for row in rows if row["phase"] == "train"]
 
 
-@pytest.mark.timeout(900)  # Starting Ray's nodes takes minutes on a busy machine.
+@pytest.mark.processes
 def test_a_node_that_dies_mid_sweep_loses_nothing(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     cluster_utils = pytest.importorskip("ray.cluster_utils")

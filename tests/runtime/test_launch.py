@@ -17,7 +17,7 @@ from esscher.runtime import run as runner
 from esscher.runtime.launch import launch_of, read_launch, status_of
 from support import smoke
 
-pytestmark = pytest.mark.timeout(900)  # Processes take their time to start on a busy machine.
+pytestmark = pytest.mark.processes
 
 WRITTEN: dict[str, Any] = {
     "compute_environment": "LOCAL_MACHINE",

@@ -19,7 +19,7 @@ from esscher.runtime import checkpoint, device
 from esscher.runtime import run as runner
 from support import smoke
 
-pytestmark = pytest.mark.timeout(900)  # Processes take their time to start on a busy machine.
+pytestmark = pytest.mark.processes
 
 PAIRS = (
     *("run", "f_dpo", "--model", "esscher.models:tiny_llama", "--log.to"),

@@ -19,7 +19,7 @@ from esscher.nn.sharding import held_whole, own_part, placed_like, put_together,
 from esscher.runtime import checkpoint
 from esscher.runtime.device import Runtime, sharding_asked
 
-pytestmark = pytest.mark.timeout(900)  # Processes take their time to start on a busy machine.
+pytestmark = pytest.mark.processes
 
 FILE: dict[str, Any] = {
     "distributed_type": "FSDP",
