@@ -2,8 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# What is imported compiles itself; to compile all of torch takes longer than many a test.
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO := runs/demo
 
 .PHONY: demo test types tests lint format prove readme docs docs-serve benchmark clean
