@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO := runs/demo
 
-.PHONY: demo test types tests lint format prove readme docs docs-serve benchmark clean
+.PHONY: demo test style types tests lint format prove readme docs docs-serve benchmark clean
 
 # torch first: with it in place, nothing else pulls another build of it in.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -29,21 +29,22 @@ demo: $(BIN)/.installed
 		--hidden 64 64 --evaluation.every 1000 --directory $(DEMO)
 	@echo "open $(DEMO)/report.html in a browser"
 
-test: $(BIN)/.installed-dev
+# The type checker uses one processor, so the tests begin beside it.
+test: style
+	@$(MAKE) --no-print-directory --jobs 2 types tests
+
+lint: style types
+
+style: $(BIN)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	@$(MAKE) --no-print-directory --jobs 2 types tests
 
-# The type checker uses one processor, so the tests begin beside it.
-types:
+types: $(BIN)/.installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-tests:
+tests: $(BIN)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
-
-lint: $(BIN)/.installed-dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python && $(BIN)/lint-imports
 
 format: $(BIN)/.installed-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -10,7 +10,7 @@ import torch
 from esscher.adapters.rewards import RewardJudge, made_prompts
 from esscher.errors import UserError
 from esscher.models import byte_tokenizer
-from esscher.rewards import exact_answer, given_answer, math_answer, reasoning_gym_answer
+from esscher.rewards import digits, exact_answer, given_answer, math_answer, reasoning_gym_answer
 from esscher.types import Completions, Prompts
 
 HERE = Path(__file__).parent
@@ -145,6 +145,13 @@ def test_the_answer_is_what_stands_between_the_last_tags() -> None:
 def test_exact_answers() -> None:
     assert exact_answer("", " 4", {"answer": 4}) == {"correct": 1.0}
     assert exact_answer("", "4.0", {"answer": 4}) == {"correct": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "first"), [("", 0, 0), ("a12", 2, 0), ("3+4", 2, 1), ("abc", 0, 0)]
+)
+def test_digits_are_counted(text: str, count: int, first: int) -> None:
+    assert digits("7", text, {}) == {"reward": count, "begins_with_a_digit": first}
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,17 @@ def test_resumed_from_each_checkpoint(
     assert_same_run(run, whole)
 
 
+def test_parts_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a large model would be read twice before anything is learned."""
+    built: list[Any] = []
+    whole = runner._Parts.__init__
+    monkeypatch.setattr(
+        runner._Parts, "__init__", lambda self, given: (built.append(given), whole(self, given))[0]
+    )
+    train(experiment(), tmp_path / "run")
+    assert len(built) == 1
+
+
 @pytest.mark.parametrize("late", ["metrics", "evaluation"])
 def test_killed_after_the_last_checkpoint(
     late: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

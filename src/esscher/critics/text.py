@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from esscher.critics import Values
 from esscher.nn.mlp import MLP
-from esscher.nn.sharding import all_placed_like, shard
-from esscher.runtime.device import Sharding
+from esscher.nn.sharding import Sharding, shard
+from esscher.nn.trained import TrainedState
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -27,8 +27,8 @@ def body_of(model: Any) -> nn.Module:
     return causal.base_model
 
 
-class TrainedState(nn.Module):
-    """A module whose state leaves out what was not to be trained when it was made."""
+class NotedState(TrainedState):
+    """Its state is what was to be trained when it was made, also in copies that nothing trains."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,15 +39,8 @@ class TrainedState(nn.Module):
         self._left_out = {n for n, p in self.named_parameters() if not p.requires_grad}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        state = super().state_dict(*args, **kwargs)
+        state = nn.Module.state_dict(self, *args, **kwargs)
         return {name: value for name, value in state.items() if name not in self._left_out}
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Of a `state_dict`; strict: with exactly its names."""
-        if strict and (state_dict.keys() != (own := self.state_dict().keys())):
-            raise ValueError(f"state does not fit: {sorted(state_dict.keys() ^ own)[:5]} differ")
-        placed = all_placed_like(state_dict, super().state_dict())
-        return super().load_state_dict(placed, strict=False, assign=assign)
 
 
 class TextEncoder(nn.Module):
@@ -103,7 +96,7 @@ class TextEncoder(nn.Module):
         return found["input_ids"], found["attention_mask"].bool()
 
 
-class TwinTextCritic(TrainedState):
+class TwinTextCritic(NotedState):
     """Two Q of (what was seen, what was said) and two V of what was seen, on one encoder.
 
     The two texts are encoded apart, and their vectors put side by side for Q.
@@ -142,7 +135,7 @@ class TwinTextCritic(TrainedState):
         return Values(mean=head(x).squeeze(-1))
 
 
-class TokenValue(TrainedState):
+class TokenValue(NotedState):
     """A value of every token of a text, from what stands before it.
 
     Args:
@@ -168,9 +161,7 @@ class TokenValue(TrainedState):
         Raises:
             UserError: the model has no blocks of the classes that are to be sharded.
         """
-        blocks = sharding.blocks or tuple(getattr(self.model, "_no_split_modules", None) or ())
-        again = sharding.reshard_after_forward
-        shard(self.model, self.model, blocks, device, reshard_after_forward=again)
+        shard(self.model, self.model, device, sharding)
         self.head.to(device)
 
     def forward(

@@ -16,15 +16,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from esscher.distributions.trained import TrainedState
 from esscher.errors import UserError
 from esscher.functional.sequences import (
     shifted,
     token_log_probs,
     token_log_probs_and_entropy,
 )
-from esscher.nn.sharding import held_whole, put_together, shard
-from esscher.runtime.device import Sharding
+from esscher.nn.sharding import Sharding, held_whole, put_together, shard
+from esscher.nn.trained import TrainedState
 from esscher.samplers.decoding import Decoding
 from esscher.samplers.generation import complete
 from esscher.samplers.key_values import roomy
@@ -232,9 +231,7 @@ class LanguageModel(TrainedState):
         Raises:
             UserError: the model has no blocks of the classes that are to be sharded.
         """
-        blocks = sharding.blocks or tuple(getattr(self._causal, "_no_split_modules", None) or ())
-        again = sharding.reshard_after_forward
-        shard(self.model, self._causal, blocks, device, reshard_after_forward=again)
+        shard(self.model, self._causal, device, sharding)
 
     def _ask(self, piece: Callable[..., Any], *args: Any) -> Any:
         with self._as_configured():

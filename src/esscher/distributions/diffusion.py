@@ -3,17 +3,16 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from esscher.distributions.trained import TrainedState
 from esscher.errors import UserError
-from esscher.nn.sharding import shard
-from esscher.runtime.device import Sharding
+from esscher.nn.sharding import Sharding, shard
+from esscher.nn.trained import TrainedState
 from esscher.samplers.denoisers import Condition, Denoiser, classifier_free, clipped, placed
 from esscher.samplers.solvers import Solver, seeded_noise, solve
 
@@ -123,10 +122,10 @@ class DiffusionModel(TrainedState):
         network = getattr(network, "inner", network)
         if hasattr(network, "get_base_model"):  # Of peft.
             network = network.get_base_model()
-        blocks = sharding.blocks or _listed_in(network)
         # An average is moved part by part, so parts it must be again after it was asked.
-        again = sharding.reshard_after_forward or self._is_average
-        shard(denoiser, network, blocks, device, reshard_after_forward=again)
+        if self._is_average:
+            sharding = replace(sharding, reshard_after_forward=True)
+        shard(denoiser, network, device, sharding, _listed_in(network))
 
     def averaged(self) -> "DiffusionModel":
         """A copy for a running average of the weights: no optimiser moves it, `polyak` does."""

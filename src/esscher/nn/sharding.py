@@ -7,6 +7,7 @@ All processes have to ask a sharded model equally often, since all of them give 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -18,13 +19,22 @@ from esscher.errors import UserError
 Answer = TypeVar("Answer")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How weights are divided among processes."""
+
+    blocks: tuple[str, ...] = ()
+    """Names of the classes that are put together one after the other; empty: the model says it."""
+    reshard_after_forward: bool = True
+    """Give a block's weights back between its forward and its backward pass."""
+
+
 def shard(
     module: nn.Module,
     network: nn.Module,
-    blocks: Sequence[str],
     device: torch.device,
-    *,
-    reshard_after_forward: bool,
+    sharding: Sharding,
+    blocks: Sequence[str] | None = None,
 ) -> None:
     """Leave each process its part of every parameter, in place; nothing if that is done already.
 
@@ -34,10 +44,10 @@ def shard(
     Args:
         module: asked through `put_together` from now on.
         network: the model in it that has the blocks, by which it is named.
-        blocks: names of the classes whose modules are put together one after the other.
         device: where the parts are kept; the module may still lie elsewhere.
-        reshard_after_forward: give a block's weights back between its forward and its backward pass;
-            else they stay, which saves time and takes memory.
+        sharding: how.
+        blocks: classes of blocks where `sharding` names none; None: those that the network names, as
+            models of transformers do.
 
     Raises:
         UserError: the module has no such block.
@@ -46,7 +56,9 @@ def shard(
 
     if _is_put_together(module):
         return
-    mesh = _mesh(device.type)
+    mesh, again = _mesh(device.type), sharding.reshard_after_forward
+    named = getattr(network, "_no_split_modules", None) if blocks is None else blocks
+    blocks = tuple(sharding.blocks or named or ())
     found = [part for part in module.modules() if type(part).__name__ in blocks]
     if not found:
         raise UserError(
@@ -55,13 +67,13 @@ def shard(
             "Accelerate file (fsdp_transformer_layer_cls_to_wrap)"
         )
     for block in reversed(found):  # What lies within another first.
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        fully_shard(block, mesh=mesh, reshard_after_forward=again)
+    fully_shard(module, mesh=mesh, reshard_after_forward=again)
     for part in _parts(module):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # Gloo knows no other.
     sharded: Any = module
-    sharded._put_together, sharded._gives_back = _asked, reshard_after_forward
+    sharded._put_together, sharded._gives_back = _asked, again
     register_fsdp_forward_method(module, "_put_together")
 
 
@@ -117,11 +129,6 @@ def placed_like(value: Tensor, own: Tensor) -> Tensor:
 
     whole, place = value.to(own.device), cast(Any, own)
     return distribute_tensor(whole, place.device_mesh, place.placements, src_data_rank=None)
-
-
-def all_placed_like(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of each tensor of a state that has a counterpart."""
-    return {k: placed_like(v, own[k]) if k in own else v for k, v in state.items()}
 
 
 def whole_on_cpu(state: Mapping[str, Any], *, keep: bool) -> dict[str, Any]:

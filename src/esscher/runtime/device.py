@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 
 from esscher.errors import UserError, require
+from esscher.nn.sharding import Sharding
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -72,16 +73,6 @@ class RuntimeConfig:
             graph = "compile" if pays and compiler_available(device) else "eager"
         threads = 1 if width <= NARROW else min(available_processors(), 4)
         return replace(self, device=device, threads=self.threads or threads, graph=graph)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sharding:
-    """How weights are divided among processes."""
-
-    blocks: tuple[str, ...] = ()
-    """Names of the classes that are put together one after the other; empty: the model says it."""
-    reshard_after_forward: bool = True
-    """Give a block's weights back between its forward and its backward pass."""
 
 
 class Shardable(Protocol):

@@ -320,19 +320,19 @@ class B2DiffuRL(Method):
         chain, rewards = self.drawn(asked, reward, suffix)
         advantage = self.advantages(rewards, asked.row, step)
         kept = self.selected(advantage)
-        place, held = kept.cumsum(0) - 1, self.held(len(asked))
-        chosen, count = kept[held].nonzero().squeeze(-1), int(kept.sum())
+        held, here = self.held(len(asked)), torch.full(kept.shape, -1, device=kept.device)
+        here[held] = torch.arange(len(held), device=kept.device)
+        here = here[kept]
         told = {
             "reward": rewards.mean(),
             "reward_std": rewards.std(correction=0),
             "suffix": torch.tensor(float(suffix)),
             "kept": kept.float().mean(),
             "kept_positive": (kept & (advantage > 0)).float().mean(),
-            "skipped": torch.tensor(float(count == 0)),
+            "skipped": torch.tensor(float(len(here) == 0)),
         }
-        if count > 0:
-            paths = self.paths(asked, chain, advantage)
-            told |= self.learn(paths, chain.sigma, chosen, place[held[chosen]], count)
+        if len(here) > 0:
+            told |= self.learn(self.paths(asked, chain, advantage), chain.sigma, here)
         return told, rewards
 
     def held(self, num_conditions: int) -> Int[Tensor, "m"]:
@@ -461,23 +461,18 @@ class B2DiffuRL(Method):
         self,
         paths: Paths,
         sigma: Float[Tensor, "levels"],
-        chosen: Int[Tensor, "n"] | None = None,
-        place: Int[Tensor, "n"] | None = None,
-        count: int | None = None,
+        here: Int[Tensor, "k"] | None = None,
     ) -> Metrics:
         """The epochs of a stage.
 
         Args:
             paths: of the samples that this process holds.
             sigma: noise levels of the paths.
-            chosen: which of these samples are learned from; None: all.
-            place: of each of those among the chosen ones of all processes; None: these are all.
-            count: of the chosen ones of all processes; None: these are all.
+            here: of each sample that any process learns from, which of the paths it is, or -1 where
+                another process holds it; None: all are learned from, and held here.
         """
-        chosen = torch.arange(len(paths), device=paths.x.device) if chosen is None else chosen
-        count = len(chosen) if count is None else count
-        here = torch.full((count,), -1, device=paths.x.device)
-        here[slice(None) if place is None else place] = chosen
+        here = torch.arange(len(paths), device=paths.x.device) if here is None else here
+        count = len(here)
         minibatches = -(-count // self.cfg.minibatch_size)
         reports: list[Metrics] = []
         for _ in range(self.cfg.epochs):

@@ -34,7 +34,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from esscher.distributions.trained import TrainedState
 from esscher.distributions.vision_language import VisionLanguage, VisionSpec
 from esscher.errors import UserError, require
 from esscher.experience.scenes import SceneData, SceneWindows
@@ -57,6 +56,7 @@ from esscher.functional.reductions import masked_mean
 from esscher.method import Method, Paper
 from esscher.nn.mlp import MLP
 from esscher.nn.scaling import Scaling
+from esscher.nn.trained import TrainedState
 from esscher.nn.unet1d import sinusoids
 from esscher.proof import Check, Claim, Figures, FinishedRun, Proof, within
 from esscher.runtime.device import Runtime, RuntimeConfig

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from esscher.nn.sharding import all_placed_like
+from esscher.nn.sharding import placed_like
 
 
 class TrainedState(nn.Module):
@@ -23,5 +23,6 @@ class TrainedState(nn.Module):
         """Of a `state_dict`; strict: with exactly its names."""
         if strict and (state_dict.keys() != (own := self.state_dict().keys())):
             raise ValueError(f"state does not fit: {sorted(state_dict.keys() ^ own)[:5]} differ")
-        placed = all_placed_like(state_dict, super().state_dict())
+        own = super().state_dict()
+        placed = {k: placed_like(v, own[k]) if k in own else v for k, v in state_dict.items()}
         return super().load_state_dict(placed, strict=False, assign=assign)
