@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from together import together
 
 from esscher.cli import run_command
 from esscher.errors import UserError
@@ -89,58 +87,6 @@ def test_it_trains_as_one_process_does_and_goes_on_exactly(tmp_path: Path) -> No
     assert sharded.keys() == again.keys()
     for name in sharded:
         assert torch.equal(sharded[name], again[name]), name
-
-
-DIGITS = (
-    *("--model", "esscher.images:tiny_unet", "--lora-rank", "2", "--model.kwargs"),
-    *("size", "8", "classes", "10", "width", "8", "--image.labels", "0", "1", "2"),
-    *("--reward", "esscher.image_rewards:Compressibility", "--method.draw-steps", "3"),
-    *("--evaluation.every", "0"),
-)
-
-AVERAGED = ("--method.average", "0.9")
-"""Also what an average is made of."""
-DRAWN = {
-    "ddpm": ("ddpm:smoke", *AVERAGED),
-    "dragon": ("dragon", *DIGITS, "--method.batch-size", "4", *AVERAGED),
-    "f_distill": ("f_distill:smoke", *AVERAGED),
-    "b2_diffurl": (
-        *("b2_diffurl", *DIGITS, "--method.algorithm", "dpok", "--method.scale", "2"),
-        *("--method.batch-size", "2", "--method.copies", "3", "--method.branches", "3"),
-        *("--method.first-suffix", "2", "--method.last-suffix", "3", "--method.epochs", "1"),
-        *("--method.draw-batch-size", "2", "--method.minibatch-size", "3"),
-        *("--method.positive-threshold", "0", "--method.negative-threshold", "0"),
-    ),
-}
-
-
-WRITTEN = {
-    "lite_ppo": ("lite_ppo:smoke", "--method.num-minibatches", "1"),
-    "f_dpg": ("f_dpg:smoke",),
-    "divergence_ppo": ("divergence_ppo:smoke", "--method.num-minibatches", "1"),
-    "genarm": ("genarm:smoke",),
-    "sft": ("sft:smoke",),
-}
-"""With one minibatch where which rows are together is each process's own."""
-
-
-def test_it_makes_the_runs_of_one_process(tmp_path: Path) -> None:
-    options = ("--log.to", "--steps", "3", "--runtime.device", "cpu", "--runtime.threads", "1")
-    options += ("--evaluation.episodes", "4", "--directory")
-    lines = {slug: ("run", *line, *options) for slug, line in (DRAWN | WRITTEN).items()}
-    commands = [(*line, str(tmp_path / f"{slug}_two")) for slug, line in lines.items()]
-    with together(commands, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2") as running:
-        for slug, line in lines.items():
-            assert run_command([*line, str(tmp_path / slug)]) == 0
-        said = running.communicate()[1]
-    assert running.returncode == 0, said[-3000:]
-    for slug in lines:
-        # Adam's first steps are whole ones, also down what rounding alone has made.
-        one, two = (tensors(tmp_path / name) for name in (slug, f"{slug}_two"))
-        check_close(one, two, rtol=1e-3, atol=3e-4)
-    saved = "model/unet/diffusion_pytorch_model.safetensors"
-    one, two = (load_file(tmp_path / name / saved) for name in ("ddpm", "ddpm_two"))
-    check_close(one, two, rtol=1e-3, atol=3e-4)
 
 
 def test_each_process_holds_half(tmp_path: Path) -> None:
