@@ -55,8 +55,17 @@ WRITERS = {
 PAINTERS = {
     "dragon": ("dragon", *DIGITS, "--method.batch-size", "4", *AVERAGED),
     "f_distill": ("f_distill:smoke", *AVERAGED),
-    "b2_diffurl": (  # The processes have parts of paths to learn from that are not equally many.
-        *("b2_diffurl", *DIGITS, "--method.algorithm", "dpok", "--method.scale", "2"),
+    "b2_diffurl": (  # With this seed the processes learn from parts that are not equally many.
+        *(
+            "b2_diffurl",
+            "--seed",
+            "1",
+            *DIGITS,
+            "--method.algorithm",
+            "dpok",
+            "--method.scale",
+            "2",
+        ),
         *("--method.batch-size", "2", "--method.copies", "3", "--method.branches", "3"),
         *("--method.first-suffix", "2", "--method.last-suffix", "3", "--method.epochs", "1"),
         *("--method.draw-batch-size", "2", "--method.minibatch-size", "3"),
