@@ -1,5 +1,6 @@
 """One thread, no hub to wait for, and shapes checked at run time: before esscher is first imported."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+gc.set_threshold(50_000, 10, 10)  # A twentieth of all time would go into looking for garbage.
 pytest.register_assert_rewrite("support")
 
 # Always the same examples, and few; HYPOTHESIS_PROFILE=search for those who look for more.

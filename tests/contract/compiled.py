@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from esscher.runtime.device import RuntimeConfig, compiler_available
+from esscher.runtime.own_process import collect_seldom
 from support import of_world, parts_after, smoke
 
 UPDATES = 2
@@ -49,6 +50,7 @@ def compare(slug: str, backend: str, precision: str = "float32") -> dict[str, An
 
 
 if __name__ == "__main__":
+    collect_seldom()
     torch.set_num_threads(1)
     wanted = sys.argv[1:]
     found = {} if wanted else {slug: compare(slug, "aot_eager") for slug in of_world("control")}

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from esscher.cli import run_command
+from esscher.runtime.own_process import collect_seldom
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What Accelerate's launcher tells processes that are to hold a part of the weights each."""
@@ -32,6 +33,7 @@ def together(
 
 
 if __name__ == "__main__":
+    collect_seldom()
     for told, lines in zip(({}, SHARDED), json.loads(sys.argv[1]), strict=True):
         os.environ.update(told)
         for line in lines:

@@ -16,6 +16,7 @@ from esscher.cli.options import INTERRUPTED
 from esscher.cli.trained import evaluate_run, export_run, sample_run
 from esscher.cli.training import resume_run, run_method
 from esscher.errors import UserError, nearest
+from esscher.runtime.own_process import collect_seldom
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "list": list_methods,
@@ -35,6 +36,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
 
 def main() -> None:
     """Entry point of `esscher`."""
+    collect_seldom()
     sys.exit(run_command(sys.argv[1:]))
 
 

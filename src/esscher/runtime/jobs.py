@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from esscher.adapters.ray_environments import join_ray
+from esscher.runtime.own_process import collect_seldom
 from esscher.runtime.run import read_experiment, read_result
 
 Engine = Literal["processes", "ray"]
@@ -120,6 +121,7 @@ def share_done(folder: Path) -> float:
 
 def work(folder: str) -> None:
     """What a job does."""
+    collect_seldom()
     from esscher.runtime.run import resume
 
     resume(folder, display=False)
