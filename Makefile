@@ -2,27 +2,33 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt
 DEMO := runs/demo
 
 .PHONY: demo test style types tests lint format prove readme docs docs-serve benchmark clean
 
-# torch first: with it in place, nothing else pulls another build of it in.
-$(BIN)/.installed: pyproject.toml constraints.txt
+# torch first: with it in place, nothing else pulls another build of it in. Bytecode last, on all
+# processors; were it left out, then where Python writes none every process would compile torch anew.
+define install
 	@command -v $(PYTHON) >/dev/null || { echo "needs $(PYTHON) (or: make PYTHON=python3.12 ...)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing (a few minutes the first time)"
 	@$(PIP) torch
-	@$(PIP) --editable .
+	@$(PIP) --editable "$(1)"
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+endef
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(call install,.)
 	@touch $@
 
-$(BIN)/.installed-dev: $(BIN)/.installed
-	@$(PIP) --editable ".[dev]"
-	@touch $@
+$(BIN)/.installed-dev: pyproject.toml constraints.txt
+	$(call install,.[dev])
+	@touch $(BIN)/.installed $@
 
-$(BIN)/.installed-docs: $(BIN)/.installed
-	@$(PIP) --editable ".[docs]"
-	@touch $@
+$(BIN)/.installed-docs: pyproject.toml constraints.txt
+	$(call install,.[docs])
+	@touch $(BIN)/.installed $@
 
 demo: $(BIN)/.installed
 	$(BIN)/esscher compare dsac_t sac --env.id InvertedDoublePendulum-v5 --steps 15000 --seeds 2 \
