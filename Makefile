@@ -7,21 +7,23 @@ DEMO := runs/demo
 
 .PHONY: demo test style types tests lint format prove readme docs docs-serve benchmark clean
 
-# torch first: with it in place, nothing else pulls another build of it in. Bytecode last, on all
-# processors; were it left out, then where Python writes none every process would compile torch anew.
+# torch first: with it in place, nothing else pulls another build of it in.
 define install
 	@command -v $(PYTHON) >/dev/null || { echo "needs $(PYTHON) (or: make PYTHON=python3.12 ...)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing (a few minutes the first time)"
 	@$(PIP) torch
 	@$(PIP) --editable "$(1)"
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 endef
 
+# Bytecode of all of it, on all processors, for users whose Python writes none.
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(call install,.)
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
+# Bytecode of what is imported: to make all of it takes longer than the slowest test.
+unexport PYTHONDONTWRITEBYTECODE
 $(BIN)/.installed-dev: pyproject.toml constraints.txt
 	$(call install,.[dev])
 	@touch $(BIN)/.installed $@
