@@ -108,11 +108,14 @@ def test_two_processes_make_the_runs_of_one(tmp_path: Path) -> None:
         [(*line, str(tmp_path / f"{slug}_{held}")) for slug, line in lines.items()]
         for held in ("whole", "half")
     )
-    with together(whole, half) as running:
+    with together(whole) as running:
         for slug, line in lines.items():
             assert run_command([*line, str(tmp_path / slug)]) == 0
         said = running.communicate()[1]
-    assert running.returncode == 0, said[-3000:]
+    assert running.returncode == 0, said[-6000:]
+    with together(half, sharded=True) as running:
+        said = running.communicate()[1]
+    assert running.returncode == 0, said[-6000:]
     for slug in lines:
         for other in (tmp_path / f"{slug}_whole", tmp_path / f"{slug}_half"):
             assert read_json(other / "result.json")["processes"] == 2

@@ -5,6 +5,7 @@
 To start two processes takes longer than most runs that tests make.
 """
 
+import faulthandler
 import json
 import os
 import subprocess
@@ -12,30 +13,28 @@ import sys
 from collections.abc import Sequence
 
 from esscher.cli import run_command
-from esscher.runtime.own_process import collect_seldom
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What Accelerate's launcher tells processes that are to hold a part of the weights each."""
 
 
 def together(
-    commands: Sequence[Sequence[str]], sharded: Sequence[Sequence[str]] = ()
+    commands: Sequence[Sequence[str]], *, sharded: bool = False
 ) -> "subprocess.Popen[str]":
-    """Start them, those with whole weights first; the status is that of the first that fails."""
+    """Start them; the status is that of the first one that fails."""
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    own = {"ESSCHER_TYPECHECK": "0", "OMP_NUM_THREADS": "1", **(SHARDED if sharded else {})}
     return subprocess.Popen(
-        [sys.executable, "-m", *launcher, __file__, json.dumps([commands, sharded])],
+        [sys.executable, "-m", *launcher, __file__, json.dumps(commands)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "ESSCHER_TYPECHECK": "0", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **own},
     )
 
 
 if __name__ == "__main__":
-    collect_seldom()
-    for told, lines in zip(({}, SHARDED), json.loads(sys.argv[1]), strict=True):
-        os.environ.update(told)
-        for line in lines:
-            if status := run_command(line):
-                sys.exit(status)
+    faulthandler.enable()
+    for line in json.loads(sys.argv[1]):
+        if status := run_command(line):
+            sys.exit(status)
