@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq --no-compile --constraint constraints.txt
 DEMO := runs/demo
 
 .PHONY: demo test style types tests lint format prove readme docs docs-serve benchmark clean
