@@ -56,16 +56,8 @@ PAINTERS = {
     "dragon": ("dragon", *DIGITS, "--method.batch-size", "4", *AVERAGED),
     "f_distill": ("f_distill:smoke", *AVERAGED),
     "b2_diffurl": (  # With this seed the processes learn from parts that are not equally many.
-        *(
-            "b2_diffurl",
-            "--seed",
-            "1",
-            *DIGITS,
-            "--method.algorithm",
-            "dpok",
-            "--method.scale",
-            "2",
-        ),
+        *("b2_diffurl", "--seed", "1", *DIGITS),
+        *("--method.algorithm", "dpok", "--method.scale", "2"),
         *("--method.batch-size", "2", "--method.copies", "3", "--method.branches", "3"),
         *("--method.first-suffix", "2", "--method.last-suffix", "3", "--method.epochs", "1"),
         *("--method.draw-batch-size", "2", "--method.minibatch-size", "3"),
@@ -126,10 +118,10 @@ def test_two_processes_make_the_runs_of_one(tmp_path: Path) -> None:
     saved = "model/unet/diffusion_pytorch_model.safetensors"
     one, two = (load_file(tmp_path / name / saved) for name in ("ddpm", "ddpm_half"))
     torch.testing.assert_close(one, two, rtol=1e-3, atol=3e-4)
-    fresh = runner._Parts(smoke("f_dpo"))
+    fresh, found = runner._Parts(smoke("f_dpo")), learned(tmp_path / "f_dpo")
     fresh.close()
     moved = max(
-        (value - learned(tmp_path / "f_dpo")[f"method.model.{name}"]).abs().max().item()
+        (value - found[f"method.model.{name}"]).abs().max().item()
         for name, value in fresh.method.model.state_dict().items()
     )
     assert moved > 1e-3, "three Adam steps of 1e-3"
