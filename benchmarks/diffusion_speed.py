@@ -5,7 +5,7 @@ with 20 steps, float32 and, on processors with instructions for it, bfloat16 (ma
 convolutions; solver in float32). All start from noise and end with arrays in [0, 1]. Ours is
 `esscher sample --compile`; beside it stand ours without, and the pipeline with its network compiled by
 hand. All in one process, in turn, after a batch of each that is not counted; the median of the pairs'
-ratios.
+ratios. With one thread, and with one a processor.
 
 Images from the same noise are compared too: the largest difference to those of diffusers' own
 schedulers for DDIM, Euler and DPM-Solver++(2M), eager and compiled.
@@ -30,6 +30,7 @@ from esscher import __version__
 from esscher.adapters.diffusers import levels_of, load_diffusion
 from esscher.distributions.diffusion import DiffusionModel
 from esscher.experiment import ModelConfig
+from esscher.runtime.device import available_processors
 from esscher.samplers.solvers import Solver, solve
 
 BATCH, STEPS = 16, 20
@@ -118,7 +119,9 @@ def largest_difference(name: str, of: DiffusionModel, solver: Solver) -> float:
     return float((of.decode(ours) - images).abs().max())
 
 
-def measured(name: str, pairs: int, with_bfloat16: bool) -> dict[str, Any]:
+def measured(name: str, threads: int, pairs: int, with_bfloat16: bool) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()  # What was compiled before is for another network or number of threads.
     plain, compiled, by_hand = model(name), model(name).compiled(final=True), pipeline(name)
     by_hand.unet.compile()
     draws = {
@@ -158,19 +161,20 @@ def measured(name: str, pairs: int, with_bfloat16: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, available_processors()])
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(options.threads)
     with_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     record: dict[str, Any] = {"networks": {}}
     for name in WIDTHS:
-        record["networks"][name] = found = measured(name, options.pairs, with_bfloat16)
-        shown = {k: found[k] for k in ("ratio_to_diffusers", "largest_difference")}
-        print(name, json.dumps(shown, indent=1), flush=True)
+        record["networks"][name] = by_threads = {}
+        for threads in sorted(set(options.threads)):
+            found = measured(name, threads, options.pairs, with_bfloat16)
+            by_threads[f"{threads} threads"] = found
+            shown = {k: found[k] for k in ("ratio_to_diffusers", "largest_difference")}
+            print(name, f"{threads} threads", json.dumps(shown, indent=1), flush=True)
     record |= {
         "bfloat16": "measured" if with_bfloat16 else "this processor has no instructions for it",
-        "threads": options.threads,
         "batch": BATCH,
         "steps": STEPS,
         "esscher": __version__,

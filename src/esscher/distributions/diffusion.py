@@ -100,13 +100,15 @@ class DiffusionModel(TrainedState):
         seconds, and then less time a step. Copies made later are not compiled.
 
         Args:
-            final: whether the weights will not change any more, which saves a little more where no
-                gradient is asked for; what they change to would be ignored.
+            final: whether the weights will not change any more, which saves more where no gradient is
+                asked for, and takes memory for a copy of them; what they change to is ignored.
         """
+        from esscher.nn.compiling import compile_network  # Seconds, for the compiler.
+
         if isinstance(self.denoiser, nn.Module):
             network = getattr(self.denoiser, "network", self.denoiser)
             inner: Any = getattr(network, "inner", network)
-            inner.compile(options={"freezing": True} if final else None)
+            compile_network(inner, final=final)
         return self
 
     def shard(self, device: torch.device, sharding: Sharding) -> None:
