@@ -1,5 +1,6 @@
 """Networks compiled with what torch's compiler does not do by itself."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ def compile_network(network: nn.Module, *, final: bool) -> None:
         final: whether the weights will not change any more; on a CPU they are then laid out anew, a
             copy, for its products and convolutions, likewise where no gradient is asked for.
     """
+    # Of diffusers asking for the version of torch.
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
     call: Any = torch.compile(network._call_impl, backend=_compiled)
 
     def frozen(*args: Any, **kwargs: Any) -> Any:
