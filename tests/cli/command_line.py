@@ -1,7 +1,10 @@
 """The command in this process, and small jobs for it."""
 
+import io
 import re
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from esscher.cli import run_command
@@ -26,6 +29,13 @@ def command(*arguments: object) -> int:
     except SystemExit as ended:  # how the option parser leaves
         assert isinstance(ended.code, int)
         return ended.code
+
+
+def esscher(*arguments: object) -> SimpleNamespace:
+    """One command line: its `returncode`, and what it printed, `stdout` and `stderr`."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        status = command(*arguments)
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def plain(text: str) -> str:

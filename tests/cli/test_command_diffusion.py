@@ -1,16 +1,13 @@
 """The command for diffusion models: short options, what is printed, drawing and handing over."""
 
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from command_line import command
+from command_line import esscher
 from PIL import Image
 
 from esscher import load
@@ -18,13 +15,6 @@ from esscher import load
 FEW = ["--evaluation.episodes", "4", "--runtime.threads", "1", "--log.to"]
 UNET = ["--model", "esscher.images:tiny_unet"]
 SMALL = ["--model.kwargs", "size", "8", "width", "8", "channels", "1", "classes", "10"]
-
-
-def esscher(*arguments: str) -> SimpleNamespace:
-    """The command in this process, with what it printed."""
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        status = command(*arguments)
-    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +70,16 @@ def test_it_draws_and_repeats_itself(run: Path, tmp_path: Path) -> None:
     assert not all((a == b).all() for a, b in zip(one, three, strict=True))
     taken = esscher(*line, "--out", str(tmp_path / "one"))
     assert taken.returncode == 2 and "exists" in taken.stderr
+
+
+def test_without_a_compiler_nothing_is_compiled(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    done = esscher("sample", str(run), "--compile", "--out", str(tmp_path / "drawn"))
+    assert done.returncode == 2 and "leave --compile out" in done.stderr
+    assert not (tmp_path / "drawn").exists()
 
 
 def test_how_many_at_once_changes_no_image(run: Path) -> None:

@@ -1,25 +1,15 @@
 """The command for language models: short options, what is printed, sampling and handing over."""
 
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from command_line import command
+from command_line import esscher
 from transformers import AutoModelForCausalLM
 
 TINY = ["--model", "esscher.models:tiny_llama", "--log.to"]
 PAIRS = ["--data", "esscher.datasets:sums_compared", "--batch-size", "4", "--steps", "4"]
 FEW = ["--evaluation.episodes", "4", "--runtime.threads", "1"]
-
-
-def esscher(*arguments: str) -> SimpleNamespace:
-    """The command in this process, with what it printed."""
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        status = command(*arguments)
-    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="module")

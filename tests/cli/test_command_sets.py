@@ -1,24 +1,14 @@
 """The command for populations: run, eval, sample, and what it says where there is nothing to do."""
 
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from command_line import command
+from command_line import esscher
 
 FEW = ["--evaluation.episodes", "3", "--runtime.threads", "1", "--log.to"]
 SMALL = ["--latent", "4", "--width", "8", "--generator-width", "8", "--noise-steps", "5"]
-
-
-def esscher(*arguments: str) -> SimpleNamespace:
-    """The command in this process, with what it printed."""
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        status = command(*arguments)
-    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="module")

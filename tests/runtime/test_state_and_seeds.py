@@ -189,6 +189,13 @@ def test_automatic_choices() -> None:
     assert RUNTIME.resolve(10**6) == RUNTIME
 
 
+def test_without_a_compiler_it_says_that_it_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.warns(UserWarning, match="there is no compiler .* running eagerly"):
+        assert RuntimeConfig(device="cpu", graph="compile").resolve(100).graph == "eager"
+
+
 def test_bfloat16_computes_in_bfloat16() -> None:
     runtime = Runtime(RuntimeConfig(device="cpu", threads=1, graph="eager", precision="bfloat16"))
     weight = torch.randn(4, 4)

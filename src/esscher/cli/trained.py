@@ -213,8 +213,13 @@ def _draw(folder: Path, options: Any) -> int:
     import torch
 
     from esscher.report.pictures import write_samples
+    from esscher.runtime.device import MISSING_COMPILER, compiler_available, warn_of_slow_bfloat16
     from esscher.runtime.load import load
 
+    if options.compile and not compiler_available("cpu"):
+        raise UserError(f"--compile: {MISSING_COMPILER}; install one, or leave --compile out")
+    if options.precision == "bfloat16":
+        warn_of_slow_bfloat16("--precision")
     asked: list[dict[str, Any]] = [{"prompt": text} for text in options.prompt]
     asked += [{"label": label} for label in options.label]
     rows = [row for row in asked for _ in range(options.count or 1)]

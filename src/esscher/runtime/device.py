@@ -61,16 +61,17 @@ class RuntimeConfig:
             ) from None
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"runtime.device is {device}, but no CUDA device is available: use cpu")
-        if self.precision == "bfloat16" and device == "cpu" and not _bfloat16_is_fast():
-            warnings.warn(
-                "runtime.precision is bfloat16 and this processor has no instructions for it: "
-                "matrix products will take up to 100 times longer than with float32",
-                stacklevel=2,
-            )
+        if self.precision == "bfloat16" and device == "cpu":
+            warn_of_slow_bfloat16("runtime.precision")
         graph = self.graph
         if graph == "auto":
             pays = steps >= COMPILE_PAYS_FROM
             graph = "compile" if pays and compiler_available(device) else "eager"
+        elif graph == "compile" and not compiler_available(device):
+            warnings.warn(
+                f"runtime.graph is compile, but {MISSING_COMPILER}: running eagerly", stacklevel=2
+            )
+            graph = "eager"
         threads = 1 if width <= NARROW else min(available_processors(), 4)
         return replace(self, device=device, threads=self.threads or threads, graph=graph)
 
@@ -220,6 +221,9 @@ def available_processors() -> int:
     return os.cpu_count() or 1
 
 
+MISSING_COMPILER = "there is no compiler (a C++ compiler, g++ or clang++; on a GPU, Triton)"
+
+
 def compiler_available(device: str) -> bool:
     """Whether torch.compile can produce code for the device here."""
     if device.startswith("cuda"):
@@ -229,8 +233,14 @@ def compiler_available(device: str) -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
 
 
-def _bfloat16_is_fast() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def warn_of_slow_bfloat16(setting: str) -> None:
+    """Warn where the processor has no instructions for what a setting asks for."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        warnings.warn(
+            f"{setting} is bfloat16 and this processor has no instructions for it: "
+            "matrix products will take up to 100 times longer than with float32",
+            stacklevel=3,
+        )
 
 
 def _autocast(function: Function, device_type: str) -> Function:
