@@ -1,5 +1,6 @@
 """A diffusion model as its user wants it: rows in, images out."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from esscher.distributions.diffusion import DiffusionModel
+from esscher.errors import require
 from esscher.experience.conditions import Wanted
 from esscher.runtime.rng import mix
 from esscher.types import Asked, Drawn
@@ -48,16 +50,20 @@ class Painter:
             rows: each with what the model draws by, a label or a prompt; or how many of the run's own
                 rows, in turn.
             seed: an image depends on it, on its own row and its place.
+        Raises: UserError: there is nothing to draw.
         """
         own, count = self._wanted, rows if isinstance(rows, int) else len(rows)
+        require("rows", count, count >= 1, "at least one row, or a number >= 1")
         shown: list[Tensor] = []
-        for start in range(0, count, self._at_once):
-            places = range(start, min(start + self._at_once, count))
+        size = math.ceil(count / math.ceil(count / self._at_once))
+        for start in range(0, count, size):
+            # All batches are of one size, with the last sample again: another would be compiled anew.
+            places = [min(place, count - 1) for place in range(start, start + size)]
             if isinstance(rows, int):
                 asked = own.asked([place % len(own.rows) for place in places])
             else:
                 part = [rows[place] for place in places]
                 asked = Asked(row=[-1] * len(part), rows=part, condition=own.encode(part))
             drawn = self._draw(asked, [mix(seed, place) for place in places])
-            shown.append(self.model.decode(drawn.x).float().cpu())
+            shown.append(self.model.decode(drawn.x)[: count - start].float().cpu())
         return torch.cat(shown)

@@ -105,6 +105,7 @@ def test_what_is_not_a_number_stays_in_its_row() -> None:
         "of doubles",
         "wider values",
         "fewer heads of keys",
+        "no keys",
         "not the same type",
     ],
 )
@@ -123,13 +124,16 @@ def test_all_else_is_torchs(other: str, monkeypatch: pytest.MonkeyPatch) -> None
         value = heads_of(2, 4, 9, 16, torch.float32, 2)
     elif other == "fewer heads of keys":
         key, value, options["enable_gqa"] = key[:, ::2], value[:, ::2], True
+    elif other == "no keys":
+        key, value = key[:, :, :0], value[:, :, :0]
     elif other == "not the same type":
         key = key.double()
         with pytest.raises(RuntimeError, match="dtype"):
             attention(query, key, value)
         return
     found = attention(query, key, value, **options)
-    torch.testing.assert_close(found, scaled_dot_product_attention(query, key, value, **options))
+    expected = scaled_dot_product_attention(query, key, value, **options)
+    torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 def test_channels_without_a_kernel() -> None:

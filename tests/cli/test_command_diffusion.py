@@ -11,6 +11,7 @@ from command_line import esscher
 from PIL import Image
 
 from esscher import load
+from esscher.errors import UserError
 
 FEW = ["--evaluation.episodes", "4", "--runtime.threads", "1", "--log.to"]
 UNET = ["--model", "esscher.images:tiny_unet"]
@@ -86,14 +87,24 @@ def test_how_many_at_once_changes_no_image(run: Path) -> None:
     """But by rounding."""
     painter, rows = load(run).policy, [{"label": k} for k in range(5)]
     together = painter.draw(rows, seed=3)
-    painter._at_once = 2
-    torch.testing.assert_close(painter.draw(rows, seed=3), together, rtol=0, atol=1e-4)
+    sizes = []
+    draw = painter._draw
+    painter._draw = lambda asked, seeds: sizes.append(len(seeds)) or draw(asked, seeds)
+    for at_once, expected in ((2, [2, 2, 2]), (4, [3, 3]), (64, [5])):
+        painter._at_once = at_once
+        torch.testing.assert_close(painter.draw(rows, seed=3), together, rtol=0, atol=1e-4)
+        assert sizes == expected, "one size, for which a network is compiled once"
+        sizes.clear()
     assert not torch.allclose(painter.draw(rows, seed=4), together, atol=0.1)
+    with pytest.raises(UserError, match="at least one row"):
+        painter.draw([])
 
 
 def test_points_are_kept_as_an_array(searched: Path, tmp_path: Path) -> None:
     done = esscher("sample", str(searched), "--count", "5", "--out", str(tmp_path / "drawn"))
     assert done.returncode == 0 and np.load(tmp_path / "drawn" / "samples.npy").shape == (5, 2)
+    none = esscher("sample", str(searched), "--count", "0", "--out", str(tmp_path / "none"))
+    assert none.returncode == 2 and "--count must be >= 1, got 0" in none.stderr
     both = esscher("sample", str(searched), "--label", "1", "--prompt", "a")
     assert both.returncode == 2 and "exclude each other" in both.stderr
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from esscher.cli.options import counted, parse, positional, world_of
-from esscher.errors import UserError
+from esscher.errors import UserError, require
 
 
 @dataclass
@@ -179,6 +179,8 @@ def sample_run(arguments: list[str]) -> int:
     """Let the model of a run write or draw: esscher sample RUN --prompt TEXT."""
     folder = Path(positional(arguments, "esscher sample RUN --prompt TEXT", "RUN"))
     options = parse(_sample_options(), arguments, "esscher sample RUN")
+    if options.count is not None:
+        require("--count", options.count, options.count >= 1, ">= 1")
     world = _world_of_run(folder)
     if world == "diffusion":
         return _draw(folder, options)

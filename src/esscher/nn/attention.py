@@ -82,6 +82,7 @@ def attention(
         and query.dtype == key.dtype == value.dtype
         and query.shape[:2] == key.shape[:2]
         and key.shape == value.shape
+        and key.shape[-2] > 0
     )
     known = query.dtype in (torch.float32, torch.bfloat16) and channels in CHANNELS
     if not (plain and same and known and query.device.type == "cpu"):
