@@ -349,6 +349,7 @@ def proof() -> Proof:
                 "closer to full guidance than leaving it out there does, at 25 evaluations each.",
                 arms={
                     "linear": lambda seed: _from_narrow_mixture(policy="linear"),
+                    "affine": lambda seed: _from_narrow_mixture(policy="linear", intercept=True),
                     "interleaved": lambda seed: _from_narrow_mixture(policy="interleaved"),
                     "cut off": lambda seed: _from_narrow_mixture(policy="cut_off"),
                 },
@@ -362,6 +363,8 @@ def proof() -> Proof:
                 "15 guided steps make them, for no more evaluations.",
                 arms={
                     "adaptive": lambda seed: _digits(threshold=0.99),
+                    "0.9995": lambda seed: _digits(threshold=0.9995),
+                    "cut off": lambda seed: _digits(policy="cut_off", guided_steps=10),
                     "fewer steps": lambda seed: _digits(
                         policy="full", draw_steps=15, reference_steps=20
                     ),
@@ -373,7 +376,12 @@ def proof() -> Proof:
         ),
         notes="Errors are squared distances to the samples of full guidance from the same noise, a "
         "component. Of 512 samples; the linear estimate's mean is ruled by the few samples (about one "
-        "in a hundred) that end in another component, so that its median is given beside it.",
+        "in a hundred) that end in another component, so that its median is given beside it. The "
+        "ratio of means is about a tenth, on either side with other seeds, with an intercept and with "
+        "ten times the paths; that of medians is 1 to 40. On digits of 8 x 8 guidance changes samples "
+        "up to the last step: cut off after 10 or 15 of 20 steps the error is a half and a seventh of "
+        "that of leaving after 5, and thresholds up to 0.9995 keep guidance for less than 7. So the "
+        "cosine says little there. Arms that no check names are shown and not judged.",
     )
 
 
