@@ -233,7 +233,9 @@ def test_a_proof_that_fails_has_its_status(monkeypatch, capsys):
     for passes, code, verdict in ((False, 3, "not reproduced"), (True, 0, "reproduced")):
         monkeypatch.setattr(sac, "proof", small_proof(passes))
         assert command("prove", "sac", *options) == code
-        assert f"sac: {verdict} (proofs/sac.json)" in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert f"a claim: {verdict}\n  {'PASS' if passes else 'FAIL'}  return = -" in told
+        assert f"sac: {verdict} (proofs/sac.json)" in told
         record = json.loads(Path("proofs/sac.json").read_text())
         assert (record["verdict"], record["claims"][0]["verdict"]) == (verdict, verdict)
         assert record["claims"][0]["checks"][0]["passed"] is passes
@@ -243,7 +245,11 @@ def test_a_proof_that_fails_has_its_status(monkeypatch, capsys):
         assert command("list", "--family", "control") == 0
         row = next(r for r in capsys.readouterr().out.splitlines() if r.startswith(" sac "))
         assert row.rstrip().endswith(verdict) and ("not " in row[-30:]) is not passes
-    assert len(started) == 1  # the second time found its runs in --work
+    Path("proofs/sac.json").unlink()
+    assert command("prove", "sac", *options, "--claims", "a claim") == 0
+    assert "sac: reproduced (not written: some claims alone)" in capsys.readouterr().out
+    assert not Path("proofs/sac.json").exists()
+    assert len(started) == 1  # the other times found its runs in --work
 
 
 def test_a_proof_never_mixes_runs_of_two_commits(monkeypatch, capsys):

@@ -265,6 +265,7 @@ def prove_claims(arguments: list[str]) -> int:
     """Try a paper's central claim in miniature, with its baselines, over seeds: esscher prove SLUG."""
     slug = positional(arguments, "esscher prove SLUG [options]", "SLUG")
     options = parse(ProveOptions, arguments, "esscher prove SLUG")
+    from esscher.report.proof_figure import check_line
     from esscher.runtime.prove import prove
 
     record = prove(
@@ -276,7 +277,11 @@ def prove_claims(arguments: list[str]) -> int:
         workers=_workers(options.workers, 1),
         claims=options.claims,
     )
-    print(f"{slug}: {record['verdict']} ({options.out / slug}.json)")
+    for claim in record["claims"]:
+        print(f"{claim['name']}: {claim['verdict']}")
+        print(*(f"  {check_line(check)}" for check in claim["checks"]), sep="\n")
+    where = f"{options.out / slug}.json" if not options.claims else "not written: some claims alone"
+    print(f"{slug}: {record['verdict']} ({where})")
     return 0 if record["verdict"] == "reproduced" else NOT_REPRODUCED
 
 

@@ -110,13 +110,16 @@ def _claim_lines(claim: dict[str, Any]) -> list[tuple[str, str | None, str]]:
     lines += [(line, colour, "bold") for line in textwrap.wrap(head, TEXT_COLUMNS - 4)]
     lines += [(line, None, "normal") for line in textwrap.wrap(claim["statement"], TEXT_COLUMNS)]
     for check in checks:
-        passed = bool(check["passed"])
-        word = "PASS" if passed else "FAIL"
-        value = "nan" if check.get("value") is None else f"{check['value']:.4g}"
-        text = f"{word}  {check['name']} = {value}  ({check['rule']})"
-        wrapped = textwrap.wrap(text, TEXT_COLUMNS, subsequent_indent="      ")
-        lines += [(line, _colour(passed), "normal") for line in wrapped]
+        wrapped = textwrap.wrap(check_line(check), TEXT_COLUMNS, subsequent_indent="      ")
+        lines += [(line, _colour(check["passed"]), "normal") for line in wrapped]
     return lines
+
+
+def check_line(check: dict[str, Any]) -> str:
+    """A check of a record in words: what was measured, what was asked for, whether it held."""
+    value = "nan" if check.get("value") is None else f"{check['value']:.4g}"
+    word = "PASS" if check["passed"] else "FAIL"
+    return f"{word}  {check['name']} = {value}  ({check['rule']})"
 
 
 def _panel_lines(claim: dict[str, Any]) -> int:
