@@ -158,8 +158,8 @@ def _sample_options() -> type:
         """Of a diffusion model, a new folder for PNG images or samples.npy, by default drawn/ in the
         run folder; of populations, a new FILE.npz, by default drawn.npz there."""
         compile: bool = False
-        """Of a diffusion model, compile its network first: half a minute or more, and then a third
-        less time."""
+        """Of a diffusion model, compile its network first: half a minute or more, and then a quarter
+        to a half less time."""
         precision: Literal["float32", "bfloat16"] = "float32"
         """Of a diffusion model's matrix products; bfloat16 pays on processors with instructions for
         it."""

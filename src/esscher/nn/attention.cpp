@@ -107,25 +107,16 @@ static void attend(const T* q, const T* k, const T* v, T* out, int64_t batch, in
 }
 
 template <typename T>
-static int attend_by(int64_t channels, const void* q, const void* k, const void* v, void* out,
-                     const int64_t* sizes, const Place* place, float scale, int threads) {
-    auto run = [&](auto kernel) {
-        kernel(static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v),
-               static_cast<T*>(out), sizes[0], sizes[1], sizes[2], sizes[3], place, scale, threads);
-        return 0;
-    };
-    switch (channels) {
-        case 4: return run(attend<T, 4>);
-        case 8: return run(attend<T, 8>);
-        case 16: return run(attend<T, 16>);
-    }
-    return 1;
+static void attend_by(int64_t channels, const void* q, const void* k, const void* v, void* out,
+                      const int64_t* sizes, const Place* place, float scale, int threads) {
+    auto kernel = channels == 4 ? attend<T, 4> : channels == 8 ? attend<T, 8> : attend<T, 16>;
+    kernel(static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v),
+           static_cast<T*>(out), sizes[0], sizes[1], sizes[2], sizes[3], place, scale, threads);
 }
 
-// sizes: batch, heads, queries, keys, channels. place: of q, k, v and out. Returns 0, or 1 where there
-// is no kernel for so many channels.
-extern "C" int attention(const void* q, const void* k, const void* v, void* out, const int64_t* sizes,
-                         const Place* place, float scale, int threads, int is_bfloat16) {
+// sizes: batch, heads, queries, keys, channels: 4, 8 or 16. place: of q, k, v and out.
+extern "C" void attention(const void* q, const void* k, const void* v, void* out, const int64_t* sizes,
+                          const Place* place, float scale, int threads, int is_bfloat16) {
     auto by = is_bfloat16 ? attend_by<uint16_t> : attend_by<float>;
-    return by(sizes[4], q, k, v, out, sizes, place, scale, threads);
+    by(sizes[4], q, k, v, out, sizes, place, scale, threads);
 }

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 CHANNELS = (4, 8, 16)
 """Of a head, where it pays: from 32 on matrix products are faster."""
+TYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
@@ -33,10 +34,12 @@ def thin_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
         query: "b h n d", d one of `CHANNELS`.
         key, value: "b h m d", of the same type.
     Returns: "b h n d"; in memory "b n h d", as torch's own.
-    Raises: ValueError for another number of channels.
+    Raises: ValueError for another number of channels or another type.
     """
     if query.shape[-1] not in CHANNELS:
         raise ValueError(f"channels a head must be one of {CHANNELS}, got {query.shape[-1]}")
+    if query.dtype not in TYPES:
+        raise ValueError(f"the type must be one of {TYPES}, got {query.dtype}")
     tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value)]
     tensors.append(_like(query))
     batch, heads, queries, channels = query.shape
@@ -84,7 +87,7 @@ def attention(
         and key.shape == value.shape
         and key.shape[-2] > 0
     )
-    known = query.dtype in (torch.float32, torch.bfloat16) and channels in CHANNELS
+    known = query.dtype in TYPES and channels in CHANNELS
     if not (plain and same and known and query.device.type == "cpu"):
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options

@@ -377,11 +377,10 @@ def proof() -> Proof:
         notes="Errors are squared distances to the samples of full guidance from the same noise, a "
         "component. Of 512 samples; the linear estimate's mean is ruled by the few samples (about one "
         "in a hundred) that end in another component, so that its median is given beside it. The "
-        "ratio of means is about a tenth, on either side with other seeds, with an intercept and with "
-        "ten times the paths; that of medians is 1 to 40. On digits of 8 x 8 guidance changes samples "
-        "up to the last step: cut off after 10 or 15 of 20 steps the error is a half and a seventh of "
-        "that of leaving after 5, and thresholds up to 0.9995 keep guidance for less than 7. So the "
-        "cosine says little there. Arms that no check names are shown and not judged.",
+        "ratio of means is about a tenth, with an intercept on the other side of it; that of medians "
+        "is 1 to 30. On digits of 8 x 8 guidance changes samples late too: cut off after 10 of 20 "
+        "steps the error is half of that of leaving after 5, and a threshold of 0.9995 keeps guidance "
+        "for about 6. So the cosine says little there. Arms that no check names are shown, not judged.",
     )
 
 

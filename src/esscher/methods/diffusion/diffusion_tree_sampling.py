@@ -436,11 +436,10 @@ def proof() -> Proof:
         ),
         notes="With a reward that is smooth, so that clean estimates of noisy states get it right, "
         "sequential Monte Carlo is as good or better: trees are for rewards that are not. Evaluations "
-        "are rows that the denoiser was asked about. Trees of one budget differ by 0.04 in total "
-        "variation, the budgets by 0.01 to 0.02, so five seeds, the sheet's, put them in any order. "
-        "The sheet has searching trees ahead at 2,000 evaluations; but those are 20 paths, and the "
-        "first 36 are all drawn from the root, independently: that is best of n, and what differs is "
-        "luck (200 trees find 0.77, best of n 0.84, standard errors 0.13 and 0.15).",
+        "are rows that the denoiser was asked about. Trees of one budget differ by 0.02 to 0.04 in "
+        "total variation, the budgets by 0.01 to 0.02, so five seeds, the sheet's, put them in any "
+        "order. The sheet has searching trees ahead at 2,000 evaluations; but those are 20 paths, and "
+        "the first 36 are all drawn from the root, independently: that is best of n.",
     )
 
 
