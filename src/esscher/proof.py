@@ -18,6 +18,7 @@ class Check:
     """One inequality of a claim, with the value it was tried on."""
 
     name: str
+    """What is checked; `seed 0` is the first of the claim's (the record names the seed itself)."""
     value: float
     rule: str
     """The inequality in words and numbers, as it stands in the sheet."""

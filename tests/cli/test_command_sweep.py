@@ -219,7 +219,7 @@ def small_proof(passes):
     def judge(figures):
         (value,) = figures["sac"]["return"]
         assert -10 <= value <= 0
-        return [Check("return", value, "whatever", passes)]
+        return [Check("return, seed 0", value, "whatever", passes)]
 
     claim = Claim(
         name="a claim", statement="So.", arms={"sac": arm}, measure=returns_of, judge=judge
@@ -234,7 +234,7 @@ def test_a_proof_that_fails_has_its_status(monkeypatch, capsys):
         monkeypatch.setattr(sac, "proof", small_proof(passes))
         assert command("prove", "sac", *options) == code
         told = capsys.readouterr().out
-        assert f"a claim: {verdict}\n  {'PASS' if passes else 'FAIL'}  return = -" in told
+        assert f"a claim: {verdict}\n  {'PASS' if passes else 'FAIL'}  return, seed 0 = -" in told
         assert f"sac: {verdict} (proofs/sac.json)" in told
         record = json.loads(Path("proofs/sac.json").read_text())
         assert (record["verdict"], record["claims"][0]["verdict"]) == (verdict, verdict)
@@ -250,6 +250,16 @@ def test_a_proof_that_fails_has_its_status(monkeypatch, capsys):
     assert "sac: reproduced (not written: some claims alone)" in capsys.readouterr().out
     assert not Path("proofs/sac.json").exists()
     assert len(started) == 1  # the other times found its runs in --work
+
+
+def test_a_proof_names_its_seeds(monkeypatch, capsys):
+    jobs_in_this_process(monkeypatch)
+    monkeypatch.setattr(sac, "proof", small_proof(True))
+    options = ("--seeds", 1, "--first-seed", 40, "--workers", 1, "--out", "proofs")
+    assert command("prove", "sac", *options) == 0
+    assert "PASS  return, seed 40 = -" in capsys.readouterr().out
+    (claim,) = json.loads(Path("proofs/sac.json").read_text())["claims"]
+    assert claim["seeds"] == [40] and claim["checks"][0]["name"] == "return, seed 40"
 
 
 def test_a_proof_never_mixes_runs_of_two_commits(monkeypatch, capsys):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from esscher.cli import run_command
+from esscher.runtime.own_process import leave
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What Accelerate's launcher tells processes that are to hold a part of the weights each."""
@@ -37,4 +38,5 @@ if __name__ == "__main__":
     faulthandler.enable()
     for line in json.loads(sys.argv[1]):
         if status := run_command(line):
-            sys.exit(status)
+            leave(status)
+    leave(0)

@@ -16,7 +16,7 @@ from esscher.cli.options import INTERRUPTED
 from esscher.cli.trained import evaluate_run, export_run, sample_run
 from esscher.cli.training import resume_run, run_method
 from esscher.errors import UserError, nearest
-from esscher.runtime.own_process import collect_seldom
+from esscher.runtime.own_process import collect_seldom, leave
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "list": list_methods,
@@ -37,7 +37,10 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
 def main() -> None:
     """Entry point of `esscher`."""
     collect_seldom()
-    sys.exit(run_command(sys.argv[1:]))
+    status = run_command(sys.argv[1:])
+    if "RANK" in os.environ:  # A launcher has started this process beside others.
+        leave(status)
+    sys.exit(status)
 
 
 def run_command(arguments: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
 """Run a proof and write its record: figures of all seeds, verdict, where it was measured."""
 
 import json
+import re
 import subprocess
 import tempfile
 import time
@@ -100,12 +101,19 @@ def _try(
         "name": claim.name,
         "statement": claim.statement,
         "verdict": "reproduced" if all(check.passed for check in checks) else "not reproduced",
-        "checks": [asdict(check) for check in checks],
+        "checks": [
+            {**asdict(check), "name": _seed_named(check.name, first_seed)} for check in checks
+        ],
         "arms": figures,
         "curves": {name: curve for name, curve in curves.items() if len(curve["steps"]) > 1},
         "seeds": list(range(first_seed, first_seed + count)),
         "experiments": {name: runs[0].to_json() for name, runs in experiments.items()},
     }
+
+
+def _seed_named(name: str, first_seed: int) -> str:
+    """Name, in what a check is called, the seed itself and not its place among those of the claim."""
+    return re.sub(r"\bseed (\d+)", lambda told: f"seed {first_seed + int(told[1])}", name)
 
 
 def _of_one_commit(root: Path, code: str) -> None:

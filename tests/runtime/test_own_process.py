@@ -1,0 +1,37 @@
+"""How a process ends that is one of several."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import atexit, os, sys
+sys.argv = ["esscher", "--version"]
+from esscher.cli import main
+class Fragile:
+    def __del__(self, abort=os.abort):
+        abort()  # What a thread does that lets go of a tensor while Python takes itself apart.
+fragile = Fragile()
+atexit.register(print, "registered", end="")
+print("not yet flushed", end="|")
+main()
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("launched", [True, False])
+def test_it_ends_without_being_taken_apart(launched: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        env={**environment, **({"RANK": "1"} if launched else {})},
+        check=False,
+    )
+    assert done.stdout.startswith("not yet flushed|esscher ")
+    assert done.stdout.endswith("\nregistered")
+    assert done.returncode == (0 if launched else -signal.SIGABRT), "the other way shows the danger"
