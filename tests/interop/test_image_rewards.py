@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from esscher.adapters.image_rewards import TELLING, ImageReward
+from esscher.adapters.image_rewards import SUSPECT, TELLING, ImageReward
 from esscher.errors import UserError
 from esscher.exemplars import Mahalanobis, ring, three_of_eight
 from esscher.image_rewards import (
@@ -145,10 +146,27 @@ def test_bad_answers_are_refused(name: str, message: str) -> None:
 
 def test_a_constant_reward_is_refused_after_a_thousand_images() -> None:
     reward, rows = reward_of("constant"), [{}] * 100
-    for _ in range(TELLING // 100 - 1):
+    with pytest.warns(UserWarning, match="was 0.5 for all of the first 100 images"):
         reward(pictures(100), rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # It is said once.
+        for _ in range(TELLING // 100 - 2):
+            reward(pictures(100), rows)
     with pytest.raises(UserError, match="was 0.5 for all of the first 1000 images"):
         reward(pictures(100), rows)
+
+
+def test_a_constant_reward_of_sets_is_refused_after_a_thousand_sets() -> None:
+    reward = reward_of("Spread")
+    same = torch.ones(4, 3)
+    for _ in range(SUSPECT - 1):
+        reward.of_set(same)
+    with pytest.warns(UserWarning, match="was 0 for all of the first 50 sets"):
+        reward.of_set(same)
+    for _ in range(TELLING - SUSPECT - 1):
+        reward.of_set(same)
+    with pytest.raises(UserError, match="was 0 for all of the first 1000 sets"):
+        reward.of_set(same)
 
 
 def test_a_reward_that_changed_once_is_not_constant() -> None:

@@ -4,8 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
+
+from esscher import cli
+from esscher.runtime.own_process import warn_in_one_sentence
 
 SCRIPT = """
 import atexit, os, sys
@@ -35,3 +39,13 @@ def test_it_ends_without_being_taken_apart(launched: bool) -> None:
     assert done.stdout.startswith("not yet flushed|esscher ")
     assert done.stdout.endswith("\nregistered")
     assert done.returncode == (0 if launched else -signal.SIGABRT), "the other way shows the danger"
+
+
+def test_own_warnings_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # Put back afterwards.
+    warn_in_one_sentence()
+    told = warnings.formatwarning(UserWarning("too short"), UserWarning, cli.__file__, 3)
+    assert told == "esscher: warning: too short\n"
+    for category, file in ((UserWarning, __file__), (DeprecationWarning, cli.__file__)):
+        told = warnings.formatwarning(category("of others"), category, file, 3)
+        assert told.startswith(f"{file}:3: {category.__name__}: of others\n")

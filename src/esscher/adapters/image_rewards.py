@@ -6,6 +6,7 @@ a row, and as many rows of the data. It returns one finite number an image; more
 sets has two methods instead: embed(images, rows), a vector an image, and of_set(embeddings), a number.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ from esscher.adapters.imports import users_own
 from esscher.errors import UserError
 
 Rows = Sequence[Mapping[str, Any]]
+SUSPECT = 50
+"""Images (or sets of them) after which a reward that never changed is spoken of."""
 TELLING = 1_000
-"""Images after which a reward that never changed is refused."""
+"""Images (or sets of them) after which it is refused."""
 
 
 class ImageReward:
@@ -63,7 +66,7 @@ class ImageReward:
                 f"reward {self.source} must return {len(x)} numbers, one an image, got shape "
                 f"{tuple(answer.shape)}"
             )
-        self._check_telling(answer)
+        self._check_telling(answer, "images")
         return answer.to(x.dtype)
 
     def embed(self, x: Float[Tensor, "b *d"], rows: Rows) -> Float[Tensor, "b e"]:
@@ -88,13 +91,14 @@ class ImageReward:
         """Of a reward of sets, what these samples are worth together.
 
         Raises:
-            UserError: it raised, or its answer is not a finite number.
+            UserError: it raised, its answer is not a finite number, or it has never changed.
         """
         answer = self._called(self._function.of_set, embedding)
         if answer.numel() != 1 or not bool(answer.isfinite().all()):
             raise UserError(
                 f"reward {self.source} must return a finite number for a set, got {answer.tolist()}"
             )
+        self._check_telling(answer.flatten(), "sets")
         return float(answer)
 
     def _asked(self, function: Callable[..., Any], x: Tensor, rows: Rows) -> Tensor:
@@ -115,12 +119,19 @@ class ImageReward:
         except Exception as error:
             raise UserError(f"reward {self.source} failed: {error!r}") from error
 
-    def _check_telling(self, answer: Tensor) -> None:
+    def _check_telling(self, answer: Tensor, of: str) -> None:
+        before = self._seen
         self._seen += len(answer)
         self._lowest = min(self._lowest, float(answer.min()))
         self._highest = max(self._highest, float(answer.max()))
-        if self._seen >= TELLING and self._lowest == self._highest:
-            raise UserError(
-                f"reward {self.source} was {self._lowest:g} for all of the first {self._seen} images: "
-                "nothing can be learned from a reward that is constant"
+        if self._lowest < self._highest:
+            return
+        told = f"reward {self.source} was {self._lowest:g} for all of the first {self._seen} {of}"
+        if self._seen >= TELLING:
+            raise UserError(f"{told}: nothing can be learned from a reward that is constant")
+        if before < SUSPECT <= self._seen:
+            warnings.warn(
+                f"{told}: nothing can be learned from a reward that is constant, and it is refused "
+                f"after {TELLING:,} {of}",
+                stacklevel=3,
             )

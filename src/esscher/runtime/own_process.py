@@ -4,7 +4,11 @@ import atexit
 import gc
 import os
 import sys
+import warnings
+from pathlib import Path
 from typing import NoReturn
+
+PACKAGE = str(Path(__file__).parents[1])
 
 
 def collect_seldom() -> None:
@@ -14,6 +18,24 @@ def collect_seldom() -> None:
     look through them again and again takes a fifth of the time until the first step.
     """
     gc.set_threshold(50_000, 10, 10)
+
+
+def warn_in_one_sentence() -> None:
+    """Show this library's own warnings without the line of code that they come from."""
+    usual = warnings.formatwarning
+
+    def formatted(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if category is UserWarning and filename.startswith(PACKAGE):
+            return f"esscher: warning: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
 
 
 def leave(status: int) -> NoReturn:
