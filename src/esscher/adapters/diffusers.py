@@ -559,8 +559,8 @@ def _of_users(found: Any, source: str) -> DiffusionModel:
     if not callable(found) or not hasattr(found, "shape"):
         raise UserError(
             f"model {source} must return a pipeline of diffusers ({', '.join(NETWORKS)}), a "
-            "DiffusionModel, or a denoiser (x, sigma, condition) with the shape of a sample, got "
-            f"{type(found).__name__}"
+            "DiffusionModel, or a denoiser (x, sigma, condition) whose attribute shape is that of a "
+            f"sample, got {type(found).__name__}"
         )
     options = {
         name: getattr(found, name)
