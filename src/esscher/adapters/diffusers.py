@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from esscher.adapters.imports import made, needed
+from esscher.adapters.own_denoiser import model_of
 from esscher.adapters.pretrained import check_is_there, without_progress_bars, written_whole
 from esscher.distributions.diffusion import DiffusionModel
 from esscher.errors import UserError, nearest, require
@@ -34,7 +35,6 @@ from esscher.functional.diffusion import (
     alpha_bars,
     denoised_of,
     input_scale,
-    karras_sigmas,
     over,
     sigma_of_alpha_bar,
 )
@@ -109,7 +109,8 @@ def load_diffusion(config: ModelConfig, device: torch.device) -> DiffusionModel:
             f"model.{field} is for pipelines of diffusers, and {config.source} is a module of your "
             "own: do it there"
         )
-    return _of_users(found, config.source).to(device)
+    whole = found if isinstance(found, DiffusionModel) else model_of(found, config.source)
+    return whole.to(device)
 
 
 def save_diffusion(model: DiffusionModel, folder: Path, *, adapters_only: bool = False) -> Path:
@@ -551,36 +552,6 @@ def _check_network(name: str, config: Any) -> None:
             raise UserError(
                 f"the network of this {name} has {key} {config.get(key)!r}, which is not supported"
             )
-
-
-def _of_users(found: Any, source: str) -> DiffusionModel:
-    if isinstance(found, DiffusionModel):
-        return found
-    if not callable(found) or not hasattr(found, "shape"):
-        raise UserError(
-            f"model {source} must return a pipeline of diffusers ({', '.join(NETWORKS)}), a "
-            "DiffusionModel, or a denoiser (x, sigma, condition) whose attribute shape is that of a "
-            f"sample, got {type(found).__name__}"
-        )
-    options = {
-        name: getattr(found, name)
-        for name in ("null", "encode", "decode", "invert", "columns")
-        if getattr(found, name, None) is not None
-    }
-    denoiser: Any = found
-    levels = getattr(found, "levels", karras_levels)
-    return DiffusionModel(denoiser, denoiser.shape, levels, **options)
-
-
-def karras_levels(steps: int, low: float = 0.002, high: float = 80.0) -> Float[Tensor, "k"]:
-    """Noise levels from `high` to `low` and then 0, equally far apart as sigma^(1/7).
-
-    Source: Karras et al. 2022 (EDM, arXiv 2206.00364), eq. 5 and table 1.
-    Raises: UserError if steps < 1.
-    """
-    require("steps", steps, steps >= 1, ">= 1")
-    ends = torch.tensor([high], dtype=torch.float64)
-    return torch.cat([ends if steps == 1 else karras_sigmas(steps, low, high), ends.new_zeros(1)])
 
 
 def _pretrained(source: str) -> Any:

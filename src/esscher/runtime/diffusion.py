@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esscher.adapters.diffusers import load_diffusion, save_diffusion
 from esscher.adapters.image_rewards import ImageReward
+from esscher.adapters.own_denoiser import try_out
 from esscher.adapters.pretrained import digest_of
 from esscher.adapters.real_samples import read_samples
 from esscher.adapters.text import read_rows
@@ -243,7 +244,12 @@ class DiffusionWorld:
                 f"this model draws by {missing[0]}, and {name} has no such column (it has {known}): "
                 f"give --image.labels 0 1 2, --data FILE.jsonl, or --image.columns {missing[0]} OTHER"
             )
-        model.encode(rows[:64])  # What cannot be told to the model shows here, before work starts.
+        # What cannot be told to the model shows here, before work starts.
+        if model.pipeline is None:
+            assert self.stage.model.source is not None
+            try_out(model, rows[:64], self.stage.model.source)
+        else:
+            model.encode(rows[:64])
         return wanted
 
 
