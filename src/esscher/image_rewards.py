@@ -40,7 +40,11 @@ class ClassProbability:
 
     def __call__(self, images: Float[Tensor, "b *s"], rows: Rows) -> Float[Tensor, "b"]:
         logp = self._classify(images).log_softmax(-1)
-        wanted = [row[self._column] if self._target < 0 else self._target for row in rows]
+        told = _column(rows, self._column, "ClassProbability") if self._target < 0 else None
+        wanted = [self._target] * len(rows) if told is None else told
+        for target in wanted:
+            fits = isinstance(target, int | np.integer) and bool(0 <= target < logp.shape[-1])
+            require("class", target, fits, f"in [0, {logp.shape[-1]}), the classifier's")
         place = torch.tensor(wanted, device=logp.device).unsqueeze(-1)
         return logp.gather(-1, place).squeeze(-1)
 
@@ -59,6 +63,11 @@ class Compressibility:
         self._quality, self._sign = quality, sign
 
     def __call__(self, images: Float[Tensor, "b c h w"], rows: Rows) -> Float[Tensor, "b"]:
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise UserError(
+                "Compressibility judges images of 1 or 3 channels, b c h w, and this model draws "
+                f"{tuple(images.shape)}: give another reward"
+            )
         pillow: Any = needed("PIL.Image", "Compressibility", "diffusion")
         sizes = []
         for image in (images.detach().cpu().numpy().clip(0, 1) * 255).round().astype(np.uint8):
@@ -84,7 +93,7 @@ class EmbeddingSimilarity:
         self._column = column
 
     def __call__(self, images: Float[Tensor, "b *s"], rows: Rows) -> Float[Tensor, "b"]:
-        asked = self._other([row[self._column] for row in rows])
+        asked = self._other(_column(rows, self._column, "EmbeddingSimilarity"))
         return torch.cosine_similarity(self._embed(images), asked.to(images.device), dim=-1)
 
 
@@ -177,6 +186,17 @@ def _bumps(samples: Tensor, width: float) -> Tensor:
 
 def _components(images: Float[Tensor, "b *s"]) -> Float[Tensor, "b e"]:
     return images.flatten(1)
+
+
+def _column(rows: Rows, column: str, reward: str) -> list[Any]:
+    missing = next((row for row in rows if column not in row), None)
+    if missing is not None:
+        raise UserError(
+            f"{reward} reads the column {column} of the data, and a row has "
+            f"{', '.join(map(str, missing)) or 'none'}: give --data FILE.jsonl with it, or "
+            "--image.labels 0 1 2 for the column label, or --image.reward-kwargs column OTHER"
+        )
+    return [row[column] for row in rows]
 
 
 def _made(source: str, what: str) -> Callable[..., Any]:

@@ -250,11 +250,30 @@ def test_probability_of_a_class(name: str) -> None:
     assert found.tolist() == pytest.approx([logp(mean, 2) for mean in means], rel=1e-5)
 
 
+@pytest.mark.parametrize("target", [3, "cat"])
+def test_a_class_that_the_classifier_does_not_know_is_refused(target: Any) -> None:
+    with pytest.raises(UserError, match=rf"class must be in \[0, 3\).*got '?{target}"):
+        ClassProbability(f"{HERE}:classifier")(pictures(), [{"label": target}] * 2)
+
+
+def test_what_a_reward_reads_of_rows_must_be_there() -> None:
+    with pytest.raises(UserError, match="reads the column label of the data, and a row has prompt"):
+        ClassProbability(f"{HERE}:classifier")(pictures(), [{"prompt": "a"}] * 2)
+    with pytest.raises(UserError, match="reads the column prompt of the data, and a row has none"):
+        EmbeddingSimilarity(f"{HERE}:corners", f"{HERE}:letters")(pictures(), [{}, {}])
+
+
 @pytest.mark.parametrize("name", ["as_module", "LINEAR"])
 def test_a_classifier_may_be_a_module_and_gives_gradients(name: str) -> None:
     x = pictures().requires_grad_()
     ClassProbability(f"{HERE}:{name}", target=0)(x, ROWS).sum().backward()
     assert x.grad is not None and x.grad.abs().max() > 0
+
+
+def test_only_images_have_a_size_as_jpeg() -> None:
+    for shape in ((2, 2), (2, 4, 8, 8)):
+        with pytest.raises(UserError, match=r"images of 1 or 3 channels.*draws \(2, "):
+            Compressibility()(torch.rand(shape), ROWS)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

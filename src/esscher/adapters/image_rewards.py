@@ -44,7 +44,10 @@ class ImageReward:
             try:
                 self._function = self._function(**kwargs)
             except TypeError as error:
-                raise UserError(f"reward {source} cannot be made: {error}") from error
+                raise UserError(
+                    f"reward {source} cannot be made: {error} (it is given --image.reward-kwargs NAME "
+                    "VALUE ...)"
+                ) from error
         self.of_sets = hasattr(self._function, "of_set")
         self._seen, self._lowest, self._highest = 0, float("inf"), -float("inf")
 
