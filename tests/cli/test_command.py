@@ -346,6 +346,7 @@ BAD = [
     (("resume", "nowhere"), "nowhere is not a run folder"),
     (("eval", "nowhere"), "nowhere is not a run folder"),
     (("export", "nowhere"), "nowhere is not a run folder"),
+    (("sample", "nowhere"), "nowhere is not a run folder"),
     (("export", "nowhere", "--to", "onx"), "onnx"),
     (("report",), "report needs run folders"),
     (("report", "nowhere"), "nowhere does not exist"),

@@ -125,6 +125,13 @@ def test_it_is_handed_over(run: Path, tmp_path: Path) -> None:
     assert wrong.returncode == 2 and "--to diffusers" in wrong.stderr
 
 
+def test_a_module_of_ones_own_is_handed_over_as_weights(searched: Path, tmp_path: Path) -> None:
+    out = tmp_path / "own"
+    done = esscher("export", str(searched), "--out", str(out))
+    assert "(load_state_dict of your module takes model.safetensors)" in done.stdout, done.stderr
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+
+
 def test_methods_are_compared_on_one_model(tmp_path: Path) -> None:
     arguments = ["--model", "esscher.images:mixture", "--steps", "2", "--seeds", "1"]
     reward = ["--reward", "esscher.image_rewards:nearness", "--batch-size", "2"]

@@ -32,7 +32,8 @@ class EvalOptions:
 def evaluate_run(arguments: list[str]) -> int:
     """Evaluate the policy of a run: esscher eval RUN."""
     folder = Path(positional(arguments, "esscher eval RUN [options]", "RUN"))
-    if _world_of_run(folder) != "control":
+    there = (folder / "config.json").exists()  # --help is answered without a run.
+    if there and _world_of_run(folder) != "control":
         return _eval_model(folder, arguments)
     options = parse(EvalOptions, arguments, "esscher eval RUN")
     from esscher.experiment import EvaluationConfig
@@ -176,8 +177,9 @@ def _sample_options() -> type:
 
 
 def sample_run(arguments: list[str]) -> int:
-    """Let the model of a run write or draw: esscher sample RUN --prompt TEXT."""
-    folder = Path(positional(arguments, "esscher sample RUN --prompt TEXT", "RUN"))
+    """Let the model of a run write or draw: esscher sample RUN [--prompt TEXT | --label N]."""
+    usage = "esscher sample RUN [--prompt TEXT | --label N] [options]"
+    folder = Path(positional(arguments, usage, "RUN"))
     options = parse(_sample_options(), arguments, "esscher sample RUN")
     if options.count is not None:
         require("--count", options.count, options.count >= 1, ">= 1")
@@ -305,7 +307,13 @@ def export_run(arguments: list[str]) -> int:
         from esscher.adapters.diffusers import save_diffusion
 
         save_diffusion(policy.model, out)
-        print(f"exported: {out} (DiffusionPipeline.from_pretrained opens it)")
+        own = policy.model.pipeline is None
+        opener = (
+            "load_state_dict of your module takes model.safetensors"
+            if own
+            else "DiffusionPipeline.from_pretrained opens it"
+        )
+        print(f"exported: {out} ({opener})")
         return 0
     out = options.out or folder / "policy.onnx"
     try:
@@ -319,8 +327,6 @@ def export_run(arguments: list[str]) -> int:
 def _world_of_run(folder: Path) -> str:
     from esscher.runtime.run import read_experiment
 
-    if not (folder / "config.json").exists():
-        return "control"  # Whoever opens it will say so.
     return world_of(read_experiment(folder).slug)
 
 
