@@ -163,3 +163,27 @@ def test_what_cannot_be_guided_is_refused(text: Any) -> None:
         pass
     with adaptive_guidance(text), pytest.raises(UserError, match="guidance_scale above 1"):
         drawn(text, guidance_scale=1.0)
+
+
+def test_where_there_is_no_signal_none_may_leave(text: Any) -> None:
+    """Velocities say the noise alone there; answers that are the noise are still compared."""
+    whole = text.scheduler
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    try:
+        text.scheduler = diffusers.DDIMScheduler.from_config(
+            whole.config, prediction_type="v_prediction", **zero
+        )
+        with (
+            adaptive_guidance(text, min_guided_steps=1),
+            pytest.raises(UserError, match="min_guided_steps must be >= 2, or None, .* got 1"),
+        ):
+            drawn(text)
+        with adaptive_guidance(text, threshold=-0.999) as counted:
+            drawn(text)
+        assert counted.evaluations.tolist() == [10] * 3
+        text.scheduler = diffusers.DDIMScheduler.from_config(whole.config, **zero)
+        with adaptive_guidance(text, threshold=-0.999, min_guided_steps=1) as counted:
+            drawn(text)
+        assert counted.evaluations.tolist() == [9] * 3
+    finally:
+        text.scheduler = whole

@@ -21,6 +21,7 @@ from esscher.samplers.guidance import (
     fit_linear,
     full,
     interleaved,
+    least_guided,
     linear_guidance,
     search_policy,
 )
@@ -164,6 +165,46 @@ def test_a_cosine_at_the_threshold_is_enough() -> None:
         scale=4.0, threshold=1.0, min_guided_steps=0,
     )  # fmt: skip
     assert drawn.evaluations.tolist() == [4]
+
+
+NOISE_ALONE = [1e6, 4096.0, 8.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "asked", "at_crossing", "least"),
+    [
+        (NOISE_ALONE, None, True, 3),
+        (NOISE_ALONE, None, False, 2),
+        (NOISE_ALONE, 3, True, 3),
+        (NOISE_ALONE, 2, False, 2),
+        (NOISE_ALONE[1:], None, True, 2),
+        ([*NOISE_ALONE[1:2], 0.0], None, True, 1),
+        (NOISE_ALONE[2:], 0, True, 0),
+        (NOISE_ALONE[2:], None, True, 1),
+    ],
+)
+def test_none_leaves_where_there_is_no_signal(
+    sigmas: list[float], asked: int | None, at_crossing: bool, least: int
+) -> None:
+    assert least_guided(torch.tensor(sigmas), asked, 0.99, at_crossing) == least
+    if sigmas[0] > 1000 and least > 1:
+        for fewer in range(least):
+            with pytest.raises(UserError, match=rf"must be >= {least}, or None, .* got {fewer}"):
+                least_guided(torch.tensor(sigmas), fewer, 0.99, at_crossing)
+            assert least_guided(torch.tensor(sigmas), fewer, None, at_crossing) == fewer
+
+
+def test_without_signal_the_cosine_is_one_and_nobody_leaves_for_it() -> None:
+    """Both answers say something else, and the cosine is 1 all the same; later it is not."""
+    sigmas, far = [4096.0, 100.0, 4.0, 0.0], torch.tensor([0, 1])
+    denoiser, x = mixture(), 4096 * noise(2, 16)
+    level = torch.full((2,), 4096.0)
+    says = denoiser(x, level, far) - denoiser(x, level, NONE.expand(2))
+    assert float(says.abs().max()) > 1
+    given: Any = {"scale": 3.0, "threshold": 0.99999}
+    found = adaptive_solve(denoiser, x, sigmas, far, NONE, **given)
+    assert float(found.cosine[0].min()) > 0.99999 > float(found.cosine[1].max())
+    assert found.guided[:2].all()
 
 
 @pytest.mark.parametrize(("steps", "guided"), [(4, 1), (5, 2), (20, 5)])

@@ -22,7 +22,7 @@ from torch import Tensor
 from esscher.adapters.diffusers import noise_table
 from esscher.errors import UserError, require
 from esscher.functional.diffusion import denoised_of, eps_of, input_scale, over, sigma_of_alpha_bar
-from esscher.samplers.guidance import cosine
+from esscher.samplers.guidance import cosine, least_guided
 
 CONDITIONAL_FIRST = ("DiTPipeline",)
 """All others put the conditional half second."""
@@ -48,10 +48,12 @@ def adaptive_guidance(
         pipeline: with a `unet` or `transformer` and a scheduler, whose guidance asks about both halves
             of a batch in one call.
         threshold: cosine of both answers, as noise, at which a sample leaves, in (-1, 1].
-        min_guided_steps: steps before which none leaves; None: a quarter of all, rounded up.
+        min_guided_steps: steps before which none leaves; None: a quarter of all, rounded up, and never
+            at a level without signal.
 
     Source: Castillo et al. 2023, Adaptive Guidance (arXiv 2312.12487).
-    Raises: UserError if an argument is out of range, or the pipeline has no such network.
+    Raises: UserError if an argument is out of range, or the pipeline has no such network; and from a
+        call of the pipeline if samples might leave at a level without signal.
     """
     require("threshold", threshold, -1 < threshold <= 1, "in (-1, 1]")
     least = min_guided_steps
@@ -76,10 +78,10 @@ class _Guided:
         forward: Callable[..., Any],
         told: CountedGuidance,
         threshold: float,
-        least: int | None,
+        asked: int | None,
     ):
         self._pipeline, self._forward, self._told = pipeline, forward, told
-        self._threshold, self._least = threshold, least
+        self._threshold, self._asked, self._least = threshold, asked, 0
         self._guiding = torch.zeros(0, dtype=torch.bool)
         self._step, self._left = 0, 0
 
@@ -114,8 +116,14 @@ class _Guided:
         return answer
 
     def _begin(self, z: Tensor) -> None:
-        steps = len(self._pipeline.scheduler.timesteps)
-        self._left, self._step = steps, 0
+        scheduler = self._pipeline.scheduler
+        times = torch.as_tensor(scheduler.timesteps).cpu()
+        levels = torch.zeros(len(times) + 1)
+        # A network that predicts the noise itself may give two answers without signal too.
+        if _prediction(scheduler) != "epsilon":
+            levels[:-1] = _noise_level(scheduler, times)
+        self._least = least_guided(levels, self._asked, self._threshold)
+        self._left, self._step = len(times), 0
         self._guiding = torch.ones(len(z) // 2, dtype=torch.bool, device=z.device)
         self._told.evaluations = torch.zeros(len(z) // 2, dtype=torch.long, device=z.device)
         self._told.cosines = []
@@ -123,33 +131,38 @@ class _Guided:
     def _leave(self, z: Tensor, time: Any, conditional: Tensor, unconditional: Tensor) -> None:
         """Who is guided in the next step."""
         scheduler, channels = self._pipeline.scheduler, z.shape[1]
-        steps = len(scheduler.timesteps)
         pair = conditional[:, :channels].float(), unconditional[:, :channels].float()
         eps_c, eps_u = (_as_noise(scheduler, half, z.float(), time) for half in pair)
         gamma = cosine(eps_c, eps_u).masked_fill(~self._guiding, math.nan)
         self._told.cosines.append(gamma)
         self._told.evaluations += 1 + self._guiding.long()
-        least = math.ceil(steps / 4) if self._least is None else self._least
         self._step, self._left = self._step + 1, self._left - 1
-        if self._step >= least:
+        if self._step >= self._least:
             self._guiding = self._guiding & ~(gamma >= self._threshold)
 
 
 def _as_noise(scheduler: Any, output: Tensor, z: Tensor, time: Any) -> Float[Tensor, "b *d"]:
     """The eps that an output stands for, whatever the network predicts."""
-    config, count = scheduler.config, len(output)
-    step = torch.as_tensor(time, device=z.device).flatten()[:1].double().expand(count)
-    kind: Any = config.get("prediction_type", "flow_prediction")
+    kind = _prediction(scheduler)
     if kind == "epsilon":
         return output
-    if kind == "flow_prediction":
-        share = (step / config.num_train_timesteps).clamp(max=1 - 1e-6)
-        sigma = (share / (1 - share)).float()
-    else:
-        table = sigma_of_alpha_bar(noise_table(scheduler)).to(z.device)
-        sigma = table[step.round().long().clamp(max=len(table) - 1)].float()
+    step = torch.as_tensor(time, device=z.device).flatten()[:1]
+    sigma = _noise_level(scheduler, step).expand(len(output))
     x = z / over(input_scale(kind, sigma), z)
     return eps_of(x, denoised_of(kind, output, x, sigma), sigma)
+
+
+def _prediction(scheduler: Any) -> Any:
+    return scheduler.config.get("prediction_type", "flow_prediction")
+
+
+def _noise_level(scheduler: Any, time: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
+    """Noise over signal at times of a scheduler."""
+    if _prediction(scheduler) == "flow_prediction":
+        share = (time.double() / scheduler.config.num_train_timesteps).clamp(max=1 - 1e-6)
+        return (share / (1 - share)).float()
+    table = sigma_of_alpha_bar(noise_table(scheduler)).to(time.device)
+    return table[time.double().round().long().clamp(max=len(table) - 1)].float()
 
 
 def _rows_of(value: Any, rows: Int[Tensor, "k"], count: int) -> Any:

@@ -43,6 +43,8 @@ Step = Literal["guided", "linear", "conditional", "unconditional"] | float
 Policy = Sequence[Step]
 ONE_ANSWER = ("linear", "conditional", "unconditional")
 """Steps that ask the network once."""
+NO_SIGNAL = 1_000.0
+"""Noise level, in standard deviations of the signal, from which a cosine of answers is 1 to 1e-6."""
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(samples "b *d", what they should be "b *d") -> a distance for each, "b"; differentiable."""
 
@@ -199,6 +201,40 @@ def cosine(
     return ((c * u).sum(-1) / norms).clamp(-1, 1)
 
 
+def least_guided(
+    sigmas: Float[Tensor, "k"],
+    asked: int | None,
+    threshold: float | None,
+    guided_at_crossing: bool = True,
+) -> int:
+    """Steps of the policy that a sample makes before it may leave.
+
+    At a level without signal (terminal signal-to-noise ratio 0, or a flow's beginning) both answers are
+    the noise that is there, and their cosine is 1 whatever the network says: none leaves there.
+
+    Args:
+        sigmas: falling, and the last one below them.
+        asked: None: a quarter of all steps, rounded up, and more where there is no signal.
+        threshold, guided_at_crossing: as in `adaptive_solve`.
+
+    Raises:
+        UserError: asked is out of its range, or lets samples leave where the cosine says nothing.
+    """
+    steps = len(sigmas) - 1
+    blind = 0 if threshold is None else int((sigmas[:-1] >= NO_SIGNAL).sum())
+    needed = min(steps, blind + guided_at_crossing) if blind else 0
+    if asked is None:
+        return max(needed, math.ceil(steps / 4))
+    require("min_guided_steps", asked, 0 <= asked <= steps, f"in [0, {steps}]")
+    if asked < needed:
+        raise UserError(
+            f"min_guided_steps must be >= {needed}, or None, where sampling begins at "
+            f"{float(sigmas[0]):,.4g} times as much noise as signal, got {asked}: there the cosine of "
+            "both answers is 1, whatever they are"
+        )
+    return asked
+
+
 def adaptive_solve(
     denoiser: Denoiser,
     x: Float[Tensor, "b *d"],
@@ -224,8 +260,8 @@ def adaptive_solve(
     are not asked about; all others share one call of the denoiser with the conditional rows.
 
     A cosine is known only where both were asked for, so it is at "guided" steps that samples leave.
-    Near pure noise both answers are the noise and the cosine starts high, hence min_guided_steps.
-    Thresholds do not carry over from one model to another.
+    Near pure noise both answers are the noise and the cosine starts high, hence min_guided_steps (see
+    `least_guided`). Thresholds do not carry over from one model to another.
 
     Args:
         x: noise to begin with, of standard deviation sigmas[0].
@@ -233,7 +269,7 @@ def adaptive_solve(
         scale: s of "guided" and "linear" steps; not 1.
         threshold: in (-1, 1]; None: no sample leaves the policy. The paper's is 0.991.
         min_guided_steps: no sample leaves before it has made so many steps of the policy, in [0, k];
-            None: a quarter of all, rounded up.
+            None: a quarter of all, rounded up, and never at a level without signal.
         guided_at_crossing: whether a step is guided still at which the cosine reaches the threshold:
             both answers are paid for by then.
         solver: ddim, euler or dpmpp_2m.
@@ -254,8 +290,7 @@ def adaptive_solve(
     _check_scale("scale", scale)
     if threshold is not None:
         require("threshold", threshold, -1 < threshold <= 1, "in (-1, 1], or None")
-    least = math.ceil(steps / 4) if min_guided_steps is None else min_guided_steps
-    require("min_guided_steps", least, 0 <= least <= steps, f"in [0, {steps}]")
+    least = least_guided(levels, min_guided_steps, threshold, guided_at_crossing)
     stepper = Stepper(solver, eta=eta, noise=noise, clip=clip)
     if policy is None:
         policy = full(steps) if linear is None else linear_guidance(steps)

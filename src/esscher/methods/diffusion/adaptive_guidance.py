@@ -55,6 +55,7 @@ from esscher.samplers.guidance import (
     fit_linear,
     full,
     interleaved,
+    least_guided,
     linear_guidance,
 )
 from esscher.samplers.solvers import Solver, seeded_noise
@@ -84,8 +85,8 @@ class Config:
     """Cosine at which a sample leaves adaptive guidance, in (-1, 1] (the paper: 0.991 for about 30 of
     40 evaluations; it depends on the model)."""
     min_guided_steps: int | None = None
-    """Steps before which no sample leaves, >= 0; None: a quarter of all. Near pure noise the cosine is
-    high for another reason."""
+    """Steps before which no sample leaves, >= 0; None: a quarter of all, and never at a level without
+    signal. Near pure noise the cosine is high for another reason."""
     guided_steps: int = 10
     """Of the fixed policies, >= 0."""
     scale: float = 7.5
@@ -144,6 +145,8 @@ class AdaptiveGuidance(Method):
         self._model.guided(cfg.scale)  # Refuses a model without a null condition.
         self._levels = self._model.levels(cfg.draw_steps)
         self._reference_levels = self._model.levels(cfg.reference_steps or cfg.draw_steps)
+        if cfg.policy == "adaptive":
+            least_guided(self._levels, cfg.min_guided_steps, cfg.threshold)
         steps = len(self._levels) - 1
         self._policy: Policy = {
             "adaptive": lambda: full(steps),
