@@ -52,7 +52,7 @@ def karras_levels(steps: int, low: float = 0.002, high: float = 80.0) -> Float[T
 @torch.no_grad()
 def try_out(model: DiffusionModel, rows: Sequence[Mapping[str, Any]], source: str) -> None:
     """Ask a model for two samples of noise, with their conditions and without, so that what is wrong
-    with it shows before work starts. No random number of the run is drawn.
+    with it shows before work starts. The CPU's random numbers go on as if it had not been asked.
 
     Args:
         rows: of the data, at least one.
@@ -62,8 +62,7 @@ def try_out(model: DiffusionModel, rows: Sequence[Mapping[str, Any]], source: st
             condition is not one row of their kind, or the answer is not finite or not of x's shape.
     """
     rows = [*rows, *rows][: max(2, len(rows))]
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices=[]):
         told = f"encode of model {source} failed on rows of the data"
         condition = _asked(lambda: model.encode(rows), told)
         for name, value in _parts(condition).items():
