@@ -12,7 +12,7 @@ from esscher import cli
 from esscher.runtime.own_process import warn_in_one_sentence
 
 SCRIPT = """
-import atexit, os, sys
+import atexit, os, sys, threading, time
 sys.argv = ["esscher", "--version"]
 from esscher.cli import main
 class Fragile:
@@ -21,6 +21,10 @@ class Fragile:
 fragile = Fragile()
 atexit.register(print, "registered", end="")
 print("not yet flushed", end="|")
+def late():
+    time.sleep(0.5)
+    print("of a thread")
+threading.Thread(target=late).start()
 main()
 """
 
@@ -37,7 +41,7 @@ def test_it_ends_without_being_taken_apart(launched: bool) -> None:
         check=False,
     )
     assert done.stdout.startswith("not yet flushed|esscher ")
-    assert done.stdout.endswith("\nregistered")
+    assert done.stdout.endswith("\nof a thread\nregistered")
     assert done.returncode == (0 if launched else -signal.SIGABRT), "the other way shows the danger"
 
 

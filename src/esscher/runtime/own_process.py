@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import NoReturn
@@ -43,7 +44,9 @@ def leave(status: int) -> NoReturn:
 
     A thread of torch's process group that lets go of its last tensor while Python takes itself apart
     ends the process by SIGABRT, and a launcher then stops the others: a run that had succeeded fails.
+    Threads are waited for and what is registered in `atexit` is done, as in every process.
     """
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
