@@ -40,8 +40,9 @@ class ClassProbability:
 
     def __call__(self, images: Float[Tensor, "b *s"], rows: Rows) -> Float[Tensor, "b"]:
         logp = self._classify(images).log_softmax(-1)
-        told = _column(rows, self._column, "ClassProbability") if self._target < 0 else None
-        wanted = [self._target] * len(rows) if told is None else told
+        wanted: list[Any] = [self._target] * len(rows)
+        if self._target < 0:
+            wanted = _column(rows, self._column, "ClassProbability")
         for target in wanted:
             fits = isinstance(target, int | np.integer) and bool(0 <= target < logp.shape[-1])
             require("class", target, fits, f"in [0, {logp.shape[-1]}), the classifier's")

@@ -37,7 +37,7 @@ def test_it_ends_without_being_taken_apart(launched: bool) -> None:
         [sys.executable, "-c", SCRIPT],
         capture_output=True,
         text=True,
-        env={**environment, **({"RANK": "1"} if launched else {})},
+        env={**environment, **({"RANK": "1", "WORLD_SIZE": "2"} if launched else {})},
         check=False,
     )
     assert done.stdout.startswith("not yet flushed|esscher ")

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from esscher.adapters.diffusers import noise_table
+from esscher.adapters.diffusers import LATEST, noise_table
 from esscher.errors import UserError, require
 from esscher.functional.diffusion import denoised_of, eps_of, input_scale, over, sigma_of_alpha_bar
 from esscher.samplers.guidance import cosine, least_guided
@@ -84,11 +84,12 @@ class _Guided:
         self._threshold, self._asked, self._least = threshold, asked, 0
         self._guiding = torch.zeros(0, dtype=torch.bool)
         self._step, self._left = 0, 0
+        self._kind: Any = None
+        self._levels = torch.zeros(1)
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         names = ("sample", "hidden_states")
         z = given[0] if given else next(named[name] for name in names if name in named)
-        time = named.get("timestep", given[1] if len(given) > 1 else None)
         if self._left == 0:
             self._begin(z)
         if len(z) != 2 * len(self._guiding):
@@ -107,7 +108,7 @@ class _Guided:
         output = answer[0] if isinstance(answer, tuple) else answer.sample
         conditional, unconditional = output[:count], output[:count].clone()
         unconditional[guiding] = output[count:]
-        self._leave(z[with_condition], time, conditional, unconditional)
+        self._leave(z[with_condition], conditional, unconditional)
         halves = (conditional, unconditional) if first else (unconditional, conditional)
         together = torch.cat(halves)
         if isinstance(answer, tuple):
@@ -116,23 +117,18 @@ class _Guided:
         return answer
 
     def _begin(self, z: Tensor) -> None:
-        scheduler = self._pipeline.scheduler
-        times = torch.as_tensor(scheduler.timesteps).cpu()
-        levels = torch.zeros(len(times) + 1)
-        # A network that predicts the noise itself may give two answers without signal too.
-        if _prediction(scheduler) != "epsilon":
-            levels[:-1] = _noise_level(scheduler, times)
-        self._least = least_guided(levels, self._asked, self._threshold)
-        self._left, self._step = len(times), 0
+        self._kind, self._levels = _noise_levels(self._pipeline.scheduler)
+        self._least = least_guided(self._levels, self._asked, self._threshold)
+        self._left, self._step = len(self._levels) - 1, 0
         self._guiding = torch.ones(len(z) // 2, dtype=torch.bool, device=z.device)
         self._told.evaluations = torch.zeros(len(z) // 2, dtype=torch.long, device=z.device)
         self._told.cosines = []
 
-    def _leave(self, z: Tensor, time: Any, conditional: Tensor, unconditional: Tensor) -> None:
+    def _leave(self, z: Tensor, conditional: Tensor, unconditional: Tensor) -> None:
         """Who is guided in the next step."""
-        scheduler, channels = self._pipeline.scheduler, z.shape[1]
+        channels, sigma = z.shape[1], float(self._levels[self._step])
         pair = conditional[:, :channels].float(), unconditional[:, :channels].float()
-        eps_c, eps_u = (_as_noise(scheduler, half, z.float(), time) for half in pair)
+        eps_c, eps_u = (_as_noise(self._kind, half, z.float(), sigma) for half in pair)
         gamma = cosine(eps_c, eps_u).masked_fill(~self._guiding, math.nan)
         self._told.cosines.append(gamma)
         self._told.evaluations += 1 + self._guiding.long()
@@ -141,28 +137,30 @@ class _Guided:
             self._guiding = self._guiding & ~(gamma >= self._threshold)
 
 
-def _as_noise(scheduler: Any, output: Tensor, z: Tensor, time: Any) -> Float[Tensor, "b *d"]:
+def _as_noise(kind: Any, output: Tensor, z: Tensor, sigma: float) -> Float[Tensor, "b *d"]:
     """The eps that an output stands for, whatever the network predicts."""
-    kind = _prediction(scheduler)
     if kind == "epsilon":
         return output
-    step = torch.as_tensor(time, device=z.device).flatten()[:1]
-    sigma = _noise_level(scheduler, step).expand(len(output))
-    x = z / over(input_scale(kind, sigma), z)
-    return eps_of(x, denoised_of(kind, output, x, sigma), sigma)
+    level = z.new_full((len(z),), sigma)
+    x = z / over(input_scale(kind, level), z)
+    return eps_of(x, denoised_of(kind, output, x, level), level)
 
 
-def _prediction(scheduler: Any) -> Any:
-    return scheduler.config.get("prediction_type", "flow_prediction")
+def _noise_levels(scheduler: Any) -> tuple[Any, Float[Tensor, "k"]]:
+    """What the network predicts, and noise over signal at each step of sampling and after it.
 
-
-def _noise_level(scheduler: Any, time: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
-    """Noise over signal at times of a scheduler."""
-    if _prediction(scheduler) == "flow_prediction":
-        share = (time.double() / scheduler.config.num_train_timesteps).clamp(max=1 - 1e-6)
-        return (share / (1 - share)).float()
-    table = sigma_of_alpha_bar(noise_table(scheduler)).to(time.device)
-    return table[time.double().round().long().clamp(max=len(table) - 1)].float()
+    Where it predicts the noise, which may differ without signal too and needs no conversion, that is 0.
+    """
+    kind = scheduler.config.get("prediction_type", "flow_prediction")
+    times = torch.as_tensor(scheduler.timesteps).cpu().double()
+    levels = times.new_zeros(len(times) + 1)
+    if kind == "flow_prediction":
+        share = (times / scheduler.config.num_train_timesteps).clamp(max=LATEST)
+        levels[:-1] = share / (1 - share)
+    elif kind != "epsilon":
+        table = sigma_of_alpha_bar(noise_table(scheduler)).cpu()
+        levels[:-1] = table[times.round().long().clamp(max=len(table) - 1)]
+    return kind, levels
 
 
 def _rows_of(value: Any, rows: Int[Tensor, "k"], count: int) -> Any:

@@ -16,7 +16,7 @@ from esscher.cli.options import INTERRUPTED
 from esscher.cli.trained import evaluate_run, export_run, sample_run
 from esscher.cli.training import resume_run, run_method
 from esscher.errors import UserError, nearest
-from esscher.runtime.own_process import collect_seldom, leave, warn_in_one_sentence
+from esscher.runtime.own_process import collect_seldom, leave, started, warn_in_one_sentence
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "list": list_methods,
@@ -39,7 +39,7 @@ def main() -> None:
     collect_seldom()
     warn_in_one_sentence()
     status = run_command(sys.argv[1:])
-    if "RANK" in os.environ:  # A launcher has started this process beside others.
+    if started():
         leave(status)
     sys.exit(status)
 

@@ -307,10 +307,9 @@ def export_run(arguments: list[str]) -> int:
         from esscher.adapters.diffusers import save_diffusion
 
         save_diffusion(policy.model, out)
-        own = policy.model.pipeline is None
         opener = (
             "load_state_dict of your module takes model.safetensors"
-            if own
+            if policy.model.pipeline is None
             else "DiffusionPipeline.from_pretrained opens it"
         )
         print(f"exported: {out} ({opener})")

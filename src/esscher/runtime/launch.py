@@ -22,6 +22,7 @@ from esscher.errors import UserError, nearest
 from esscher.experiment import Experiment
 from esscher.files import readable
 from esscher.registry import load_method
+from esscher.runtime.own_process import started
 
 STATUS_FOLDER = "ESSCHER_STATUS_FOLDER"
 """Names, in the environment of a started process, the folder where it leaves its exit status."""
@@ -196,11 +197,6 @@ def refuse_unstarted(experiment: Experiment) -> None:
             "starts: use esscher run or esscher resume with it; or leave it out, and start your script "
             f"by accelerate launch --config_file {launch.path}"
         )
-
-
-def started() -> bool:
-    """Whether a launcher (Accelerate's or torchrun) has started this process beside others."""
-    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def start(launch: Launch, arguments: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
-PACKAGE = str(Path(__file__).parents[1])
+PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
 def collect_seldom() -> None:
@@ -37,6 +37,11 @@ def warn_in_one_sentence() -> None:
         return usual(message, category, filename, lineno, line)
 
     warnings.formatwarning = formatted
+
+
+def started() -> bool:
+    """Whether a launcher (Accelerate's or torchrun) has started this process beside others."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def leave(status: int) -> NoReturn:
