@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from esscher import images
-from esscher.adapters.guided_pipeline import adaptive_guidance
+from esscher.adapters.guided_pipeline import _noise_levels, adaptive_guidance
 from esscher.errors import UserError
 
 diffusers: Any = importlib.import_module("diffusers")
@@ -133,24 +133,38 @@ def test_the_class_pipeline_puts_its_halves_the_other_way_round(
     assert not torch.allclose(alone, plain, atol=1e-4)
 
 
-def test_velocities_are_compared_as_noise(text: Any) -> None:
-    """The same answers, told as velocities, have the cosines of the noise."""
-    torch.manual_seed(1)
-    z, noise = torch.randn(2, 2, 4, 8, 8)
-    scheduler = diffusers.DDIMScheduler.from_config(
-        text.scheduler.config, prediction_type="v_prediction"
-    )
-    from esscher.adapters.guided_pipeline import _as_noise, _noise_levels
+def test_velocities_are_compared_as_noise(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eps = sqrt(abar) v + sqrt(1 - abar) z, of all that the network was asked and answered."""
+    kind = {"prediction_type": "v_prediction"}
+    whole, plain = text.scheduler, text.unet.forward
+    expected: list[torch.Tensor] = []
 
+    def forward(z: Any, time: Any, *given: Any, **named: Any) -> Any:
+        answer = plain(z, time, *given, **named)
+        abar = text.scheduler.alphas_cumprod[int(time)]
+        noise = abar.sqrt() * answer[0] + (1 - abar).sqrt() * z
+        conditional, unconditional = noise.flatten(1).chunk(2)
+        expected.append(torch.cosine_similarity(conditional, unconditional))
+        return answer
+
+    monkeypatch.setattr(text.unet, "forward", forward)
+    monkeypatch.setattr(
+        text, "scheduler", diffusers.DDIMScheduler.from_config(whole.config, **kind)
+    )
+    with adaptive_guidance(text, threshold=1.0) as counted:
+        drawn(text)
+    assert len(expected) == 8
+    torch.testing.assert_close(torch.stack(counted.cosines), torch.stack(expected))
+
+
+def test_levels_of_a_flow_are_those_of_its_scheduler() -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(8)
-    place = 3
-    time = int(scheduler.timesteps[place])
-    abar = scheduler.alphas_cumprod[time]
-    x0 = (z - (1 - abar).sqrt() * noise) / abar.sqrt()
-    velocity = abar.sqrt() * noise - (1 - abar).sqrt() * x0
     kind, levels = _noise_levels(scheduler)
-    found = _as_noise(kind, velocity, z, float(levels[place]))
-    torch.testing.assert_close(found, noise, rtol=1e-4, atol=1e-4)
+    share = scheduler.sigmas[1:-1].double()
+    assert kind == "flow_prediction" and float(levels[-1]) == 0
+    assert float(levels[0]) == pytest.approx(1e6, rel=1e-3), "noise alone"
+    torch.testing.assert_close(levels[1:-1], share / (1 - share), rtol=1e-4, atol=0)
 
 
 def test_afterwards_the_pipeline_is_as_before(text: Any) -> None:
@@ -169,25 +183,26 @@ def test_what_cannot_be_guided_is_refused(text: Any) -> None:
         drawn(text, guidance_scale=1.0)
 
 
-def test_where_there_is_no_signal_none_may_leave(text: Any) -> None:
+def test_where_there_is_no_signal_none_may_leave(
+    text: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Velocities say the noise alone there; answers that are the noise are still compared."""
     whole = text.scheduler
     zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    try:
-        text.scheduler = diffusers.DDIMScheduler.from_config(
-            whole.config, prediction_type="v_prediction", **zero
-        )
-        with (
-            adaptive_guidance(text, min_guided_steps=1),
-            pytest.raises(UserError, match="min_guided_steps must be >= 2, or None, .* got 1"),
-        ):
-            drawn(text)
-        with adaptive_guidance(text, threshold=-0.999) as counted:
-            drawn(text)
-        assert counted.evaluations.tolist() == [10] * 3
-        text.scheduler = diffusers.DDIMScheduler.from_config(whole.config, **zero)
-        with adaptive_guidance(text, threshold=-0.999, min_guided_steps=1) as counted:
-            drawn(text)
-        assert counted.evaluations.tolist() == [9] * 3
-    finally:
-        text.scheduler = whole
+    velocities = diffusers.DDIMScheduler.from_config(
+        whole.config, prediction_type="v_prediction", **zero
+    )
+    monkeypatch.setattr(text, "scheduler", velocities)
+    with (
+        adaptive_guidance(text, min_guided_steps=1),
+        pytest.raises(UserError, match="min_guided_steps must be >= 2, or None, .* got 1"),
+    ):
+        drawn(text)
+    with adaptive_guidance(text, threshold=-0.999) as counted:
+        drawn(text)
+    assert counted.evaluations.tolist() == [10] * 3
+    noise = diffusers.DDIMScheduler.from_config(whole.config, **zero)
+    monkeypatch.setattr(text, "scheduler", noise)
+    with adaptive_guidance(text, threshold=-0.999, min_guided_steps=1) as counted:
+        drawn(text)
+    assert counted.evaluations.tolist() == [9] * 3
