@@ -14,6 +14,14 @@ from typing import Any
 from esscher.errors import UserError, nearest
 
 METHODS = Path(__file__).parent / "methods"
+STAGE_PARTS = {
+    "control": ("env",),
+    "language": ("model", "text"),
+    "diffusion": ("model", "image"),
+    "sets": ("sets",),
+    "robots": ("model", "robot"),
+}
+"""What methods of each world read of a stage, besides its data and steps."""
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,17 @@ def test_it_fits_its_window(browser: Any, page: Path, width: int) -> None:
     assert stuck == 0
 
 
+def test_before_stands_beside_after_where_there_is_room(browser: Any, page: Path) -> None:
+    places = (
+        "return [...document.querySelectorAll('.beside img')].map(image => "
+        "{ const place = image.getBoundingClientRect(); return [place.x, place.y]; })"
+    )
+    for width, beside in ((1100, True), (700, True), (360, False)):
+        opened(browser, page, width)
+        (x, y), (next_x, next_y) = browser.execute_script(places)
+        assert (next_y == y and next_x > x) if beside else (next_y > y and next_x == x), width
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read(browser: Any, page: Path, scheme: str) -> None:
     """Every text against the colour that lies behind it, in the page and in its figures."""

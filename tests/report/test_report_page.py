@@ -3,6 +3,7 @@
 import base64
 import csv
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -126,7 +127,6 @@ def test_page_says_what_was_found(comparison):
     for name in ("critic_loss", "method.lr", "method.bias", "esscher 0.1.0", "device cpu"):
         assert name in text
     assert f"esscher resume {folder / 'going'}" in text
-    assert "esscher compare dsac_t sac td3 --env.id Hopper-v5 --steps 100000 --seeds 10" in text
     assert "--to onnx" in text and "esscher eval" in text
 
 
@@ -219,6 +219,44 @@ def test_pictures_that_runs_drew_are_shown(tmp_path):
     assert "2 more pictures of these runs in their own folders" in page.text
 
 
+def test_no_picture_of_the_start_is_left_alone(tmp_path):
+    """Where there is room for one more of two, there is room for none."""
+    for number in range(11):
+        task = "digits" if number < 10 else "letters"
+        run = write_run(tmp_path / str(number), "dragon", task, label=f"variant {number}")
+        write_picture(run, 0, 10)
+        write_picture(run, 100_000, 100 + number)
+    _, page = report(tmp_path, figures=False)
+    alts = [picture["alt"] for picture in page.all("img")]
+    assert len(alts) == 11 and not any("letters" in alt for alt in alts)
+    assert "11 more pictures" in page.text
+
+
+def test_settings_and_lengths_of_other_worlds_are_left_out(tmp_path):
+    """A run records the settings of every world; a drawing is no episode of several steps."""
+    worlds = {"sac": "env.id", "lite_ppo": "text.task", "dragon": "image.reward", "gde": "sets.size",
+              "discrete_diffusion_vla": "robot.tasks"}  # fmt: skip
+    for slug, own in worlds.items():
+        run = write_run(tmp_path / slug, slug, "things")
+        config = json.loads((run / "config.json").read_text())
+        for name in ("model.source", *worlds.values()):
+            part, _, setting = name.partition(".")
+            config["stages"][0].setdefault(part, {})[setting] = "something"
+        (run / "config.json").write_text(json.dumps(config))
+        length = 150 if slug == "sac" else 1
+        rows = (run / "metrics.jsonl").read_text().replace("{", f'{{"length": {length}, ')
+        (run / "metrics.jsonl").write_text(rows)
+        text = report(run)[1].text
+        shown = {name for name in worlds.values() if f"stages.0.{name}" in text}
+        assert shown == {own}
+        of_a_model = slug in ("lite_ppo", "dragon", "discrete_diffusion_vla")
+        assert ("stages.0.model.source" in text) == of_a_model
+        for common in ("stages.0.steps", "method.tau", "evaluation.every", "log.every"):
+            assert common in text
+        metrics = (run / "report_figures" / "diagnostics_things.csv").read_text()
+        assert ("length" in metrics) == (slug == "sac") and "critic_loss" in metrics
+
+
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
     """Controllers on two tasks, writers by reward, painters by two measures: folder and page."""
@@ -276,9 +314,6 @@ def test_families_and_measures_have_sections_of_their_own(families):
 
 def test_commands_fit_the_family(families):
     commands = families[2].text.partition("How to go on")[2]
-    assert "esscher compare sac td3 --env.id Hopper-v5 --steps 100000 --seeds 10" in commands
-    assert "esscher compare f_dpg lite_ppo --model models/small --data sums" in commands
-    assert "esscher compare dragon --model models/small --data digits" in commands
     for run, form in (("lite_ppo", "transformers"), ("dragon", "diffusers"), ("sac", "onnx")):
         assert re.search(rf"esscher export \S*{run}\S* --to {form}", commands), run
     assert re.search(r"esscher sample \S*lite_ppo\S* --prompt TEXT", commands)
@@ -320,24 +355,37 @@ def test_reward_is_shown_against_the_distance(families):
 
 
 def test_pictures_before_and_after_of_the_first_seed_of_each_method(families):
-    page = families[2]
+    """Beside each other, under one heading, which says of what."""
+    _, html, page = families
     assert [picture["alt"] for picture in page.all("img")] == [
         f"What {slug} drew on digits, seed 0, {when}"
         for slug in ("b2_diffurl", "dragon")
         for when in ("before training", "after 100,000 steps")
     ]
-    assert page.text.count("from the same noise at each step") == 4
+    for slug in ("b2_diffurl", "dragon"):
+        said = (
+            f"Pictures What {slug} drew on digits, seed 0 Each was drawn from the same noise. "
+            "before: step 0 PNG after: step 100,000 PNG"
+        )
+        assert said in page.text
+    rows = html.split('<div class="figures beside">')[1:]
+    assert [row.partition("</section>")[0].count("<img") for row in rows] == [2, 2]
     assert page.text.count("more pictures of these runs in their own folders") == 2
 
 
 def test_what_the_model_of_before_drew_is_shown_once_where_methods_begin_alike(tmp_path):
-    for slug in ("b2_diffurl", "adaptive_guidance"):
+    slugs = ("b2_diffurl", "adaptive_guidance")
+    for slug in slugs:
         run = write_run(tmp_path / slug, slug, "digits", measure="reward")
         write_picture(run, 0, 10)
         write_picture(run, 100_000, 20 if slug == "b2_diffurl" else 200)
     shown = [picture["alt"] for picture in report(tmp_path, figures=False)[1].all("img")]
     assert sum("What every method drew on digits, seed 0, before training" in s for s in shown) == 1
     assert len(shown) == 3
+    text = report(tmp_path, figures=False)[1].text
+    assert "What every method drew on digits, seed 0 Each was drawn from the same noise." in text
+    captions = ("before: step 0, every method", *(f"after: step 100,000, {slug}" for slug in slugs))
+    assert all(text.count(caption) == 1 for caption in captions)
     write_picture(tmp_path / "b2_diffurl", 0, 11)
     shown = [picture["alt"] for picture in report(tmp_path, figures=False)[1].all("img")]
     assert not any("every method" in alt for alt in shown) and len(shown) == 4

@@ -109,3 +109,13 @@ def test_reward_is_drawn_against_distance_where_runs_say_it(tmp_path):
     assert figure is not None
     (line,) = figure.axes[0].lines[:1]
     assert line.get_xdata().tolist() == far.tolist()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.99999, 1.00001), (-1028.2, -1028.1), (1e6, 1e6 + 40)])
+def test_no_two_ticks_have_the_same_label(low, high):
+    """Of what hardly changes, too."""
+    axes = Figure().add_subplot()
+    axes.plot([0, 1], [low, high])
+    plots.format_axis(axes.yaxis, 4)
+    shown = [axes.yaxis.get_major_formatter()(place, None) for place in axes.get_yticks()]
+    assert len(shown) == len(set(shown)) > 2 and max(map(len, shown)) <= 10

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from dataclasses import field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
 from esscher.errors import UserError, nearest
@@ -14,15 +15,6 @@ if TYPE_CHECKING:
 
 
 NOT_REPRODUCED, FAILED_RUNS, INTERRUPTED = 3, 4, 130
-
-
-STAGE_PARTS = {
-    "control": ("env",),
-    "language": ("model", "text"),
-    "diffusion": ("model", "image"),
-    "sets": ("sets",),
-    "robots": ("model", "robot"),
-}
 
 
 DATA_HELP = {
@@ -59,7 +51,7 @@ def experiment_options(
 ) -> tuple["Experiment", Any]:
     """Flags for every field of an experiment, with the recipe's values as defaults."""
     from esscher.experiment import Experiment, Stage
-    from esscher.registry import load_method, load_module, recipes
+    from esscher.registry import STAGE_PARTS, load_method, load_module, recipes
 
     slug, _, recipe = target.partition(":")
     module = load_module(slug)
@@ -85,6 +77,11 @@ def experiment_options(
         },
         "label": (str | None, default.label),
     }
+    arguments = in_full(arguments, values)
+    for part in parts:
+        kind, value = values[part]
+        values[part] = (kind, _without_kwargs_of_another(part, value, arguments))
+    arguments, added = _pairs_apart(arguments, {part: values[part][1] for part in parts})
     helps = {
         "data": DATA_HELP[world],
         "steps": STEPS_HELP[world],
@@ -103,8 +100,11 @@ def experiment_options(
     ]
     options_type = dataclasses.make_dataclass("Options", fields, bases=(extras,), kw_only=True)
     options_type.__doc__ = module.PAPER.title + ". " + module.PAPER.purpose
-    options = parse(options_type, in_full(arguments, values), program)
+    options = parse(options_type, arguments, program)
     given = {part: getattr(options, part) for part in parts}
+    for (part, name), pairs in added.items():
+        merged = getattr(given[part], name) | pairs
+        given[part] = dataclasses.replace(given[part], **{name: merged})
     experiment = Experiment(
         method=options.method,
         stages=(
@@ -144,6 +144,80 @@ def in_full(arguments: list[str], values: dict[str, Any]) -> list[str]:
             flag = f"--{owners[0]}.{flag[2:]}"
         full.append(flag + equals + value)
     return full
+
+
+MADE_WITH = {
+    ("model", "source"): "kwargs",
+    ("env", "id"): "kwargs",
+    ("image", "reward"): "reward_kwargs",
+    ("image", "judge"): "judge_kwargs",
+    ("text", "game"): "game_kwargs",
+}
+"""Settings that name something, and those that it is made with."""
+
+
+def _without_kwargs_of_another(part: str, value: Any, arguments: list[str]) -> Any:
+    """Settings of a recipe, without what the thing is made with in whose place another is named."""
+    for (owner, name), kwargs in MADE_WITH.items():
+        flag = f"--{owner}.{name}"
+        given = [
+            argument[len(flag) + 1 :] for argument in arguments if argument.startswith(f"{flag}=")
+        ]
+        given += [there for here, there in pairwise(arguments) if here == flag]
+        if owner == part and given and given[-1] != getattr(value, name):
+            value = dataclasses.replace(value, **{kwargs: {}})
+    return value
+
+
+def _pairs_apart(
+    arguments: list[str], parts: dict[str, Any]
+) -> tuple[list[str], dict[tuple[str, str], dict[str, Any]]]:
+    """Arguments without pairs `--model.kwargs NAME VALUE ...` of a recipe that has some already, which
+    tyro has a flag for each of, and these pairs.
+
+    Raises:
+        UserError: a name without a value.
+    """
+    left: list[str] = []
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        part, _, name = flag.removeprefix("--").replace("-", "_").partition(".")
+        default = getattr(parts.get(part), name, None)
+        if not (isinstance(default, dict) and default):
+            left.append(flag)
+            continue
+        words = leading_values(rest)
+        if not words or len(words) % 2:
+            raise UserError(f"{flag} takes names, each with its value, got {' '.join(words)!r}")
+        pairs = zip(words[::2], words[1::2], strict=True)
+        found.setdefault((part, name), {}).update({k: _value_of(v) for k, v in pairs})
+    return left, found
+
+
+def leading_values(arguments: list[str]) -> list[str]:
+    """The words before the next option, taken away; a negative number is no option."""
+    words = []
+    while arguments and not (arguments[0].startswith("-") and not _is_number(arguments[0])):
+        words.append(arguments.pop(0))
+    return words
+
+
+def _is_number(word: str) -> bool:
+    return isinstance(_value_of(word), int | float)
+
+
+def _value_of(word: str) -> int | float | bool | str:
+    """As tyro reads a value that may be a number, a truth or a word."""
+    if word in ("True", "False"):
+        return word == "True"
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            pass
+    return word
 
 
 def parse(options: Any, arguments: list[str], program: str) -> Any:

@@ -1,7 +1,7 @@
 """The figures of a report: what each shows, in words for every reader and in numbers for a table."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ from .words import moment, sentence, spoken
 PICTURES_SHOWN = 12
 PAIRS_SHOWN = 21
 """Of methods in one figure; where there are more, only those with the first."""
+
+FILM = "robots"
+"""The world whose pictures are strips of film, too wide to stand beside each other."""
 
 Styles = dict[str, plots.MethodStyle]
 
@@ -47,6 +50,18 @@ class Shown:
             return self.picture.read_bytes()
         assert self.drawing is not None
         return plots.png_bytes(self.drawing)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Pictures that belong together, under one heading."""
+
+    title: str
+    shown: list[Shown]
+    wide: bool = False
+    """Each as wide as the page."""
+    remark: str = ""
+    """What holds for all of them."""
 
 
 def ranking_figures(group: Group, styles: Styles) -> list[Shown]:
@@ -106,14 +121,19 @@ def diagnostic_figures(group: Group, styles: Styles) -> list[Shown]:
     ]
 
 
-def pictures(group: Group) -> tuple[list[Shown], int]:
-    """What the first seed of each method drew, before and after, and of itself; and how many pictures
-    of other runs are left out.
+def pictures(group: Group) -> tuple[list[Row], int]:
+    """What the first seed of each method drew, before beside after, and of itself; and how many
+    pictures of other runs are left out.
     """
-    found = [shown for ranking in group.rankings for shown in _pictures_of(ranking)]
+    found: list[Row] = []
+    room = PICTURES_SHOWN
+    for row in (row for ranking in group.rankings for row in _rows_of(ranking)):
+        if room < min(2, len(row.shown)):  # Nothing is shown as it began alone.
+            break
+        found.append(replace(row, shown=row.shown[:room]))
+        room -= len(found[-1].shown)
     every = sum(len(run.drawn()) + len(run.figures()) for run in group.runs)
-    shown = found[:PICTURES_SHOWN]
-    return shown, every - len(shown)
+    return found, every - (PICTURES_SHOWN - room)
 
 
 def first_seeds(ranking: Ranking) -> list[RunRecord]:
@@ -216,31 +236,63 @@ def _diagnostic_table(runs: Sequence[RunRecord]) -> Table:
     return Table(["metric", "method", "step", "mean", "lowest", "highest"], rows)
 
 
-def _pictures_of(ranking: Ranking) -> Iterator[Shown]:
-    """The start is shown once where all methods began alike: same model, same noise."""
+def _rows_of(ranking: Ranking) -> Iterator[Row]:
+    """A row a method; where all methods began alike (same model, same noise) one for all of them, which
+    shows the start once.
+    """
     runs = first_seeds(ranking)
-    starts = {run.drawn()[0][1].read_bytes() for run in runs if run.drawn()}
-    told = False
+    drew = [run for run in runs if run.drawn()]
+    starts = {run.drawn()[0][1].read_bytes() for run in drew}
+    together = len(drew) > 1 and len(starts) == 1
+    for some in [drew] if together else [[run] for run in drew]:
+        yield _before_and_after(some, ranking)
+    for run in runs:
+        if run.figures():
+            where = f"{run.name} on {run.env}, seed {run.seed}"
+            yield Row(
+                title=f"What {run.name} drew of itself on {run.env}, seed {run.seed}",
+                shown=[
+                    _picture(
+                        f"{path.stem} {run.name} {run.env}",
+                        f"{path.stem} of {where}",
+                        path.stem,
+                        path,
+                    )
+                    for path in run.figures()
+                ],
+            )
+
+
+def _before_and_after(runs: Sequence[RunRecord], ranking: Ranking) -> Row:
+    """Of runs that began alike, or of one."""
+    first, several = runs[0], len(runs) > 1
+    film = first.world == FILM
+    everyone = "every method" if several else first.name
+    shown: list[Shown] = []
     for run in runs:
         for number, (step, path) in enumerate(run.drawn()):
-            common = number == 0 and len(starts) == 1 and len(runs) > 1
-            if common and told:
+            common = several and number == 0
+            if common and shown:
                 continue
-            told = told or common
-            who = "every method" if common else run.name
+            who = everyone if common else run.name
             where = f"on {run.env}, seed {run.seed}, {moment(step)}"
-            played = run.world == "robots"
-            yield _picture(
-                f"samples {'start' if common else run.name} {step} {ranking.name}",
-                f"Episodes of {who} {where}" if played else f"What {who} drew {where}",
-                "" if played else "from the same noise at each step",
-                path,
+            when = f"before: step {step:,}" if step == 0 else f"after: step {step:,}"
+            shown.append(
+                _picture(
+                    f"samples {'start' if common else run.name} {step} {ranking.name}",
+                    f"Episodes of {who} {where}" if film else f"What {who} drew {where}",
+                    f"{when}, {who}" if several else when,
+                    path,
+                )
             )
-        for path in run.figures():
-            what = f"{path.stem} of {run.name} on {run.env}, seed {run.seed}"
-            yield _picture(f"{path.stem} {run.name} {run.env}", what, "", path)
+    seed = f"on {first.env}, seed {first.seed}"
+    return Row(
+        title=f"Episodes of {everyone} {seed}" if film else f"What {everyone} drew {seed}",
+        shown=shown,
+        wide=film,
+        remark="" if film or len(shown) < 2 else "Each was drawn from the same noise.",
+    )
 
 
-def _picture(name: str, what: str, more: str, path: Path) -> Shown:
-    caption = f"{what}, {more}." if more else what
+def _picture(name: str, what: str, caption: str, path: Path) -> Shown:
     return Shown(name=name, title=what, description=what, caption=caption, picture=path)

@@ -4,7 +4,6 @@ import base64
 import html
 import platform
 import re
-import shlex
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .commands import commands
 from .files import csv_text, curves_csv, ranking_csv, write_whole
 from .ranking import SEEDS_NEEDED, Entry, Group, Ranking, rank_groups
 from .runs import RunRecord, find_runs, read_run
@@ -89,7 +89,7 @@ def write_report(
             for number, group in enumerate(groups)
         ],
         provenance=_provenance(runs),
-        commands=_commands(runs, groups),
+        commands=commands(runs, groups),
         runs=[_run_row(run) for run in runs],
         beside={out.stem + ending: what for ending, (what, _) in beside.items()},
         folder=folder.path.name if folder.path else None,
@@ -146,11 +146,10 @@ def _section(
     from . import figures
     from .samples import sample_tables
 
-    pictures, left_out = figures.pictures(group)
+    rows, left_out = figures.pictures(group)
     drawn = {
         "ranking": figures.ranking_figures(group, styles),
         "curves": figures.curve_figures(group, styles),
-        "pictures": pictures,
         "diagnostics": figures.diagnostic_figures(group, styles),
     }
     return {
@@ -165,6 +164,15 @@ def _section(
             ]
             for kind, some in drawn.items()
         },
+        "pictures": [
+            {
+                "title": row.title,
+                "wide": row.wide,
+                "remark": row.remark,
+                "figures": [_figure(shown, named, "", folder) for shown in row.shown],
+            }
+            for row in rows
+        ],
         "left_out": f"{plural(left_out, 'more picture')} of these runs in their own folders, under "
         "samples and figures."
         if left_out
@@ -266,71 +274,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "(not installed, source tree)"
-
-
-def _commands(runs: Sequence[RunRecord], groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """What to type next, each with its purpose."""
-    unfinished = [
-        (f"Go on with {run.name}, seed {run.seed}, on {run.env}", f"esscher resume {_path(run)}")
-        for run in runs
-        if not run.finished
-    ]
-    return unfinished + [command for group in groups for command in _commands_of(group)]
-
-
-def _commands_of(group: Group) -> list[tuple[str, str]]:
-    scored = [ranking.scored[0] for ranking in group.every if ranking.scored]
-    best = max(scored[0].counted, key=lambda run: run.returns[-1]) if scored else group.runs[0]
-    slugs = " ".join(shlex.quote(slug) for slug in sorted({run.slug for run in group.runs}))
-    again = (f"Judge {best.name}, seed {best.seed}, again", f"esscher eval {_path(best)}")
-    more = f"esscher compare {slugs} {_task(best)} --seeds 10"
-    seeds = ("Learn more with more seeds", more)
-    if group.world == "sets":
-        return [
-            again,
-            ("Draw its populations again", f"esscher sample {_path(best)}"),
-            ("Read the vectors of its populations", f"head {_path(best)}/embeddings.csv"),
-        ]
-    if group.world == "robots":
-        return [again]
-    if group.world == "language":
-        return [
-            again,
-            ("Let it write", f"esscher sample {_path(best)} --prompt TEXT"),
-            ("Take its model to another tool", f"esscher export {_path(best)} --to transformers"),
-            seeds,
-        ]
-    if group.world == "diffusion":
-        return [
-            again,
-            ("Let it draw", f"esscher sample {_path(best)}"),
-            ("Take its model to another tool", f"esscher export {_path(best)} --to diffusers"),
-            seeds,
-        ]
-    return [
-        (f"Evaluate {best.name}, seed {best.seed}, again", f"esscher eval {_path(best)}"),
-        ("Take its policy to another tool", f"esscher export {_path(best)} --to onnx"),
-        seeds,
-    ]
-
-
-def _task(run: RunRecord) -> str:
-    """The task of a run, as options of the command."""
-    stage = run.config["stages"][-1]
-    given: dict[str, Any] = {"data": stage.get("data"), "steps": stage["steps"]}
-    if run.model is None:
-        given = {"env.id": run.env, **given}
-    else:
-        part = stage.get("image" if run.world == "diffusion" else "text") or {}
-        given = {"model": run.model, **given}
-        given |= {name: part.get(name) for name in ("task", "game", "reward")}
-    said = [f"--{name} {shlex.quote(str(v))}" for name, v in given.items() if v is not None]
-    labels = (stage.get("image") or {}).get("labels") if run.model is not None else None
-    return " ".join(said + ([f"--image.labels {' '.join(map(str, labels))}"] if labels else []))
-
-
-def _path(run: RunRecord) -> str:
-    return shlex.quote(str(run.folder))
 
 
 def _run_row(run: RunRecord) -> dict[str, str]:

@@ -14,6 +14,9 @@ from torch import Tensor
 MOST = 64
 """Samples in one figure of images."""
 
+GAP = 0.8
+"""Grey level between images, which are often white or black at their edges."""
+
 
 def samples_figure(samples: Tensor, title: str | None = None) -> Figure:
     """Images "b c h w" in [0, 1] as a grid; anything else by its first two components.
@@ -31,17 +34,45 @@ def samples_figure(samples: Tensor, title: str | None = None) -> Figure:
     axes.plot(flat[:, 0], second, ".", markersize=4, alpha=0.6)
     axes.set_xlabel("first component")
     axes.set_ylabel("second component")
-    axes.set_aspect("equal", adjustable="datalim")
+    across, upwards = _square_around(np.stack([flat[:, 0], second], axis=1))
+    axes.set(xlim=across, ylim=upwards)
+    axes.locator_params(nbins=5)
+    # Not "datalim", which moves the limits, and so the room for ticks, after the layout is made.
+    axes.set_aspect("equal", adjustable="box")
     if title:
         axes.set_title(title)
     return figure
+
+
+def _square_around(points: np.ndarray) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Limits of both axes, of one length. They lie evenly around zero and end at 1, 2 or 5 times a
+    power of ten, so that the pictures of two steps mostly have the same; a cloud that is small for its
+    distance from zero has close ones instead.
+
+    Args:
+        points: "n 2"; those that are not finite do not count.
+    """
+    points = points[np.isfinite(points).all(axis=1)].astype(float)
+    reach = np.abs(points).max(initial=0.0)
+    if reach == 0:
+        return (-1, 1), (-1, 1)
+    low, high = points.min(axis=0), points.max(axis=0)
+    span = (high - low).max()
+    if span >= reach / 10:
+        power = 10.0 ** math.floor(math.log10(reach))
+        end = next((n * power for n in (1, 2, 5) if reach <= n * power), 10 * power)
+        return (-end, end), (-end, end)
+    half = 0.55 * span or reach / 10
+    (left, right), (bottom, top) = ((m - half, m + half) for m in (low + high) / 2)
+    return (left, right), (bottom, top)
 
 
 def _grid(images: np.ndarray, title: str | None) -> Figure:
     columns = math.ceil(math.sqrt(len(images)))
     lines = math.ceil(len(images) / columns)
     height, width = images.shape[2:]
-    sheet = np.ones((lines * (height + 1) - 1, columns * (width + 1) - 1, images.shape[1]))
+    shape = (lines * (height + 1) - 1, columns * (width + 1) - 1, images.shape[1])
+    sheet = np.full(shape, GAP)
     for number, image in enumerate(images):
         line, column = divmod(number, columns)
         top, left = line * (height + 1), column * (width + 1)

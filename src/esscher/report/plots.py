@@ -342,8 +342,13 @@ def spread_of(
 
 
 def metric_names(runs: Sequence[RunRecord]) -> list[str]:
-    """Of all training metrics that some of these runs logged."""
-    return list(dict.fromkeys(name for run in runs for name in run.metric_names()))
+    """Of all training metrics that some of these runs logged; lengths only where they say something:
+    what is drawn or written at once has length 1.
+    """
+    names = dict.fromkeys(name for run in runs for name in run.metric_names())
+    if all(np.all(run.metric("length")[1] == 1) for run in runs):
+        names.pop("length", None)
+    return list(names)
 
 
 def _draw_metric(
@@ -371,7 +376,7 @@ def _draw_metric(
     if logarithmic:
         axes.set_yscale("log")
         axes.minorticks_off()
-        axes.yaxis.set_major_formatter(FuncFormatter(compact))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     else:
         format_axis(axes.yaxis, 4)
 
@@ -427,9 +432,17 @@ def _spread(levels: np.ndarray, gap: float) -> np.ndarray:
 
 
 def format_axis(axis: Axis, ticks: int) -> None:
-    """At most about so many ticks, labelled as `compact` does."""
+    """At most about so many ticks, labelled as `compact` does, with more digits where that would label
+    two of them alike.
+    """
+
+    def label(value: float, _: int | None = None) -> str:
+        places = axis.get_majorticklocs()
+        found = (n for n in range(4, 16) if len({compact(p, n) for p in places}) == len(places))
+        return compact(value, next(found, 16))
+
     axis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(compact))
+    axis.set_major_formatter(FuncFormatter(label))
 
 
 def _score_name(ranking: Ranking) -> str:
@@ -438,12 +451,12 @@ def _score_name(ranking: Ranking) -> str:
     return f"{ranking.name}: {ranking.measure} after {ranking.step:,} steps"
 
 
-def compact(value: float, _: int | None = None) -> str:
+def compact(value: float, digits: int = 4) -> str:
     """Tick labels: 250k, 1.5M, 0.02, with a true minus sign."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:.4g}{unit}".replace("-", "\N{MINUS SIGN}")
-    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+            return f"{value / size:.{digits}g}{unit}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:.{digits}g}".replace("-", "\N{MINUS SIGN}")
 
 
 def short(name: str, length: int = 24) -> str:

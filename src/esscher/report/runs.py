@@ -43,8 +43,8 @@ class RunRecord:
 
     @property
     def world(self) -> str:
-        """What the method is about: "control", "language", "diffusion" or "sets". A method that this
-        catalogue does not have counts as a controller.
+        """What the method is about: "control", "language", "diffusion", "sets" or "robots". A method
+        that this catalogue does not have counts as a controller.
         """
         return (
             declared(self.slug).get("world", "control") if self.slug in catalogue() else "control"

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from esscher.registry import STAGE_PARTS
+
 from .runs import RunRecord
 from .words import listed
 
@@ -58,12 +60,22 @@ def _values(runs: Sequence[RunRecord]) -> dict[str, dict[str, tuple[str, ...]]]:
     settings: dict[str, dict[str, set[str]]] = {}
     for run in runs:
         for name, value in flat(run.config).items():
-            if name not in NAMES:
+            if name not in NAMES and not _of_another_world(name, run.world):
                 settings.setdefault(name, {}).setdefault(run.name, set()).add(value)
     return {
         name: {method: tuple(sorted(values)) for method, values in by_method.items()}
         for name, by_method in settings.items()
     }
+
+
+def _of_another_world(name: str, world: str) -> bool:
+    """Whether a setting is of a part of a stage that methods of this world do not read: a run records
+    all of them.
+    """
+    start, _, rest = name.partition(".")
+    part = rest.split(".")[1] if start == "stages" and rest.count(".") else ""
+    every = {part for parts in STAGE_PARTS.values() for part in parts}
+    return part in every and part not in STAGE_PARTS[world]
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, str]:

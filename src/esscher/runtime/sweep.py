@@ -19,7 +19,7 @@ from esscher.experiment import (
     LogConfig,
     Stage,
 )
-from esscher.registry import load_method
+from esscher.registry import STAGE_PARTS, load_method
 from esscher.runtime.device import RuntimeConfig
 from esscher.runtime.jobs import Engine, Outcome, run_all
 from esscher.runtime.run import read_experiment, write_config
@@ -187,7 +187,7 @@ def _refuse_other_settings(experiment: Experiment, folder: Path) -> None:
 def _with_setting(value: Any, path: list[str], text: str) -> Any:
     """A copy of nested dataclasses with one field set from text."""
     name, *rest = path
-    parts = ("env", "model", "text", "image", "sets", "data", "steps")
+    parts = {part for parts in STAGE_PARTS.values() for part in parts} | {"data", "steps"}
     if isinstance(value, Experiment) and name in parts:
         stage = _with_setting(value.stages[-1], path, text)
         return replace(value, stages=(*value.stages[:-1], stage))
