@@ -19,7 +19,12 @@ from torch import Tensor
 from esscher.adapters.imports import made, needed, users_own
 from esscher.errors import UserError, require
 from esscher.files import readable
-from esscher.functional.sets import frechet_distance, moments, vendi_score
+from esscher.functional.sets import (
+    frechet_distance_by_roots,
+    gaussian_of,
+    root_of,
+    vendi_score,
+)
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -103,41 +108,42 @@ class Frechet:
 
     Args:
         exemplars: module:function that returns samples as the model shows them, or FILE.npy of them;
-            an array "n e" in a file is of embeddings already.
+            an array "n e" in a file is of embeddings already; FILE.npz has their mean "mu" and
+            covariance "sigma", as tools for the Frechet inception distance save them.
         embed: module:function, images -> vectors "b e"; empty: their components.
     """
 
     def __init__(self, exemplars: str, embed: str = ""):
         self._embed = _made(embed, "embed") if embed else _components
-        from_file = exemplars.endswith(".npy")
-        with readable(f"exemplars {exemplars} cannot be read"):
-            found = np.load(exemplars, allow_pickle=False) if from_file else None
-        if found is None:
-            found = made(exemplars, "exemplars")
-        samples = torch.as_tensor(found).float()
-        with torch.no_grad():
-            embedded = samples if from_file and samples.ndim == 2 else self._embed(samples)
-        if len(embedded) < 2:
-            raise UserError(f"exemplars {exemplars} must be at least 2, got {len(embedded)}")
-        if not bool(embedded.isfinite().all()):
-            raise UserError(f"exemplars {exemplars} must be finite, and some are not")
-        self._mean, self._covariance = moments(embedded)
+        self._exemplars = _Exemplars(exemplars, self._embed)
 
     def embed(self, images: Float[Tensor, "b *s"], rows: Rows) -> Float[Tensor, "b e"]:
-        found = self._embed(images)
-        if found.shape[1:] != self._mean.shape:
-            raise UserError(
-                f"images are embedded in {found.shape[1]} dimensions and the exemplars in "
-                f"{len(self._mean)}: give the same embedding for both"
-            )
-        return found
+        return self._exemplars.comparable(self._embed(images))
 
     def of_set(self, embedding: Float[Tensor, "n e"]) -> Float[Tensor, ""]:
         if len(embedding) < 2:
             raise UserError(f"a Frechet distance needs at least 2 samples, got {len(embedding)}")
-        mean, covariance = moments(embedding)
-        there = self._mean.to(mean), self._covariance.to(mean)
-        return -frechet_distance(mean, covariance, *there)
+        return -self._exemplars.distance(embedding)
+
+
+class FrechetOfEach:
+    """Of an image: minus the Frechet distance of its several embeddings (of its patches, or of the
+    frames of a sound) to those of exemplars.
+
+    With one embedding an image that is -(|e - mean|^2 + variance): how far it is from the middle.
+
+    Args:
+        exemplars: as those of `Frechet`.
+        embed: module:function, images -> vectors "b f e", or "b e"; empty: their components.
+    """
+
+    def __init__(self, exemplars: str, embed: str = ""):
+        self._embed = _made(embed, "embed") if embed else _components
+        self._exemplars = _Exemplars(exemplars, self._embed)
+
+    def __call__(self, images: Float[Tensor, "b *s"], rows: Rows) -> Float[Tensor, "b"]:
+        found = self._exemplars.comparable(self._embed(images))
+        return -self._exemplars.distance(found.unsqueeze(1) if found.ndim == 2 else found)
 
 
 class Vendi:
@@ -183,6 +189,69 @@ def _bumps(samples: Tensor, width: float) -> Tensor:
     means = 4 * torch.stack([angle.cos(), angle.sin()], -1)
     distance = (samples.double().unsqueeze(1) - means).square().sum(-1)
     return (0.6 * number - distance / (2 * width**2)).logsumexp(-1).to(samples.dtype)
+
+
+class _Exemplars:
+    """The Gaussian of the embeddings of exemplars.
+
+    Args:
+        source: see `Frechet`.
+        embed: images -> vectors.
+
+    Raises:
+        UserError: they cannot be read, are fewer than 2, or not finite.
+    """
+
+    def __init__(self, source: str, embed: Callable[[Tensor], Tensor]):
+        told, found = f"exemplars {source}", None
+        from_file = source.endswith((".npy", ".npz"))
+        with readable(f"{told} cannot be read"):
+            if from_file:
+                found = np.load(source, allow_pickle=False)
+        if isinstance(found, np.lib.npyio.NpzFile):
+            self.mean, self.root = _statistics(found, told)
+        else:
+            samples = torch.as_tensor(made(source, "exemplars") if found is None else found).float()
+            with torch.no_grad():
+                embedded = samples if from_file and samples.ndim == 2 else embed(samples)
+            embedded = embedded.flatten(0, -2)
+            if len(embedded) < 2:
+                raise UserError(f"{told} must be at least 2, got {len(embedded)}")
+            self.mean, self.root = gaussian_of(embedded)
+        if not bool(self.mean.isfinite().all() & self.root.isfinite().all()):
+            raise UserError(f"{told} must be finite, and some are not")
+
+    def comparable(self, found: Float[Tensor, "*b e"]) -> Float[Tensor, "*b e"]:
+        """Embeddings, if they have the exemplars' dimensions."""
+        if found.shape[-1:] != self.mean.shape:
+            raise UserError(
+                f"images are embedded in {found.shape[-1]} dimensions and the exemplars in "
+                f"{len(self.mean)}: give the same embedding for both"
+            )
+        return found
+
+    def distance(self, embedding: Float[Tensor, "*b n e"]) -> Float[Tensor, "*b"]:
+        """Frechet's, of a set or of several."""
+        there = self.mean.to(embedding.device), self.root.to(embedding.device)
+        return frechet_distance_by_roots(*gaussian_of(embedding), *there)
+
+
+def _statistics(stored: Any, told: str) -> tuple[Tensor, Tensor]:
+    """Mean and root of the covariance, of a file that holds "mu" and "sigma"."""
+    if missing := {"mu", "sigma"} - set(stored.files):
+        raise UserError(f"{told} must hold mu and sigma, and have no {min(missing)}")
+    with readable(f"{told} cannot be read"):
+        mean, covariance = (torch.as_tensor(stored[name]).double() for name in ("mu", "sigma"))
+    try:
+        root = root_of(covariance)
+    except ValueError as error:
+        raise UserError(f"{told}, sigma: {error}") from error
+    if mean.shape != covariance.shape[:1]:
+        raise UserError(
+            f"{told}: mu must have the {len(covariance)} components of sigma, got shape "
+            f"{tuple(mean.shape)}"
+        )
+    return mean, root
 
 
 def _components(images: Float[Tensor, "b *s"]) -> Float[Tensor, "b e"]:

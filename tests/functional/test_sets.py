@@ -7,7 +7,15 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from esscher.functional.sets import energy_distance, frechet_distance, moments, vendi_score
+from esscher.functional.sets import (
+    energy_distance,
+    frechet_distance,
+    frechet_distance_by_roots,
+    gaussian_of,
+    moments,
+    root_of,
+    vendi_score,
+)
 
 
 def normal(*shape, seed=0):
@@ -73,6 +81,40 @@ def test_frechet_distance_of_fewer_samples_than_dimensions():
     assert frechet_distance(*moments(x), *moments(x)).item() == pytest.approx(0, abs=1e-6)
     far = frechet_distance(*moments(x), *moments(y)).item()
     assert math.isfinite(far) and far > 1
+
+
+@pytest.mark.parametrize(("count", "other"), [(4, 5), (12, 5), (12, 30), (1, 12)])
+def test_frechet_distance_by_roots_is_that_by_covariances(count, other):
+    """Fewer samples than dimensions and more, of either side; a single sample has covariance 0."""
+    x, y = 2 * normal(count, 9) + 1, normal(other, 9, seed=1)
+    mean, root = gaussian_of(x)
+    assert root.shape == (min(count, 9), 9)
+    told = moments(x) if count > 1 else (x[0], torch.zeros(9, 9).double())
+    torch.testing.assert_close(root.mT @ root, told[1])
+    expected = frechet_distance(*told, *moments(y)).item()
+    found = frechet_distance_by_roots(mean, root, *gaussian_of(y))
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+    there = moments(y)
+    found = frechet_distance_by_roots(mean, root, there[0], root_of(there[1]))
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance_by_roots(mean, root, mean, root).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_of_many_sets_at_once():
+    sets, y = normal(3, 6, 4), normal(20, 4, seed=1)
+    found = frechet_distance_by_roots(*gaussian_of(sets), *gaussian_of(y))
+    each = [frechet_distance(*moments(x), *moments(y)).item() for x in sets]
+    assert found.tolist() == pytest.approx(each)
+
+
+def test_what_is_no_covariance_has_no_root():
+    for bad in (
+        torch.ones(2, 3),
+        torch.tensor([[1.0, 2.0], [0.0, 1.0]]),
+        torch.full((2, 2), math.nan),
+    ):
+        with pytest.raises(ValueError, match="square, symmetric and finite"):
+            root_of(bad)
 
 
 # ---- Vendi

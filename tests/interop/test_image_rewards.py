@@ -15,11 +15,13 @@ from torch import nn
 from esscher.adapters.image_rewards import SUSPECT, TELLING, ImageReward
 from esscher.errors import UserError
 from esscher.exemplars import Mahalanobis, ring, three_of_eight
+from esscher.functional.sets import frechet_distance
 from esscher.image_rewards import (
     ClassProbability,
     Compressibility,
     EmbeddingSimilarity,
     Frechet,
+    FrechetOfEach,
     Vendi,
 )
 
@@ -367,6 +369,91 @@ def test_exemplars_from_a_file(tmp_path: Path) -> None:
     # So are samples in the plane, which are vectors too, from a function.
     reward = Frechet(f"{HERE}:exemplars", embed=f"{HERE}:doubled_corners")
     assert reward.of_set(2 * exemplars()).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_exemplars_as_statistics(tmp_path: Path) -> None:
+    """As other tools save them: mu and sigma."""
+    x = exemplars().double()
+    path = tmp_path / "statistics.npz"
+    np.savez(path, mu=x.mean(0).numpy(), sigma=np.cov(x.numpy().T))
+    reward, other = Frechet(str(path)), Frechet(f"{HERE}:exemplars")
+    embedding = torch.tensor([[1.0, 2.0], [-1.0, 2.0], [0.0, 2.5]])
+    assert reward.of_set(embedding).item() == pytest.approx(other.of_set(embedding).item())
+    np.savez(path, mu=x.mean(0).numpy())
+    with pytest.raises(UserError, match="must hold mu and sigma, and have no sigma"):
+        Frechet(str(path))
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(2))
+    with pytest.raises(UserError, match="mu must have the 2 components of sigma, got shape .3,"):
+        Frechet(str(path))
+    np.savez(path, mu=np.zeros(2), sigma=np.array([[1.0, 3.0], [0.0, 1.0]]))
+    with pytest.raises(UserError, match="sigma: a covariance must be square, symmetric and finite"):
+        Frechet(str(path))
+
+
+def test_large_images_need_no_matrix_of_their_size() -> None:
+    """Of 3 x 128 x 128 the covariance would have 2.4 billion entries."""
+    reward = Frechet(f"{HERE}:large")
+    images = large() + 0.5
+    assert reward.of_set(reward.embed(images, ROWS)).item() == pytest.approx(-0.25 * 49_152)
+
+
+def large() -> torch.Tensor:
+    return (
+        pictures(4, seed=5).new_tensor([0.1, 0.2, 0.3, 0.5]).view(4, 1, 1, 1).expand(4, 3, 128, 128)
+    )
+
+
+def patches(images: torch.Tensor) -> torch.Tensor:
+    """Both components of each point, twice: two embeddings an image."""
+    return torch.stack([images, images + torch.tensor([2.0, 0.0])], 1)
+
+
+def test_frechet_distance_of_each_image() -> None:
+    reward = FrechetOfEach(f"{HERE}:exemplars")
+    x = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    mean, variance = exemplars().mean(0), exemplars().var(0).sum()
+    expected = -((x - mean).square().sum(-1) + variance)
+    torch.testing.assert_close(reward(x, ROWS), expected.double(), rtol=1e-6, atol=1e-6)
+    # Two embeddings a sample: mean x + (1, 0), covariance 2 along the first axis.
+    several = FrechetOfEach(f"{HERE}:exemplars", embed=f"{HERE}:patches")
+    there = patches(exemplars()).flatten(0, 1).double()
+    own = x[0] + torch.tensor([1.0, 0.0]), torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    apart = frechet_distance(*own, there.mean(0), there.T.cov())
+    assert several(x, ROWS)[0].item() == pytest.approx(-apart.item())
+    judged = ImageReward(
+        "esscher.image_rewards:FrechetOfEach", {"exemplars": f"{HERE}:exemplars"}, lambda x: x
+    )
+    assert not judged.of_sets and judged(x, ROWS).shape == (2,)
+
+
+class Broken:
+    def __init__(self) -> None:
+        raise ValueError("no such file")
+
+
+def silent(images: Any, rows: Any) -> None:
+    return None
+
+
+def test_rewards_that_cannot_be_made_or_return_no_numbers_are_refused() -> None:
+    with pytest.raises(UserError, match="Broken cannot be made: ValueError.'no such file'"):
+        ImageReward(f"{HERE}:Broken", {}, lambda x: x)
+    with pytest.raises(UserError, match="must return a tensor or numbers, got NoneType"):
+        ImageReward(f"{HERE}:silent", {}, lambda x: x)(pictures(), ROWS)
+
+
+def test_a_constant_reward_is_spoken_of_at_the_end_however_short_a_run_is() -> None:
+    reward = ImageReward("esscher.image_rewards:nearness", {}, lambda x: x)
+    reward(torch.zeros(1, 2), ROWS[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reward.warn_if_constant()  # One image says nothing.
+    reward(torch.zeros(2, 2), ROWS)
+    with pytest.warns(UserWarning, match="was -1 for all of the first 3 images: nothing can be"):
+        reward.warn_if_constant()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reward.warn_if_constant()  # It is said once.
 
 
 def test_sets_that_are_too_small_are_refused() -> None:

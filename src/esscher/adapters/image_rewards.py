@@ -22,6 +22,7 @@ SUSPECT = 50
 """Images (or sets of them) after which a reward that never changed is spoken of."""
 TELLING = 1_000
 """Images (or sets of them) after which it is refused."""
+NOTHING = "nothing can be learned from a reward that is constant"
 
 
 class ImageReward:
@@ -43,13 +44,16 @@ class ImageReward:
         if kwargs or isinstance(self._function, type):
             try:
                 self._function = self._function(**kwargs)
-            except TypeError as error:
+            except UserError:
+                raise
+            except Exception as error:
                 raise UserError(
-                    f"reward {source} cannot be made: {error} (it is given --image.reward-kwargs NAME "
-                    "VALUE ...)"
+                    f"reward {source} cannot be made: {error!r} (it is given --image.reward-kwargs "
+                    "NAME VALUE ...)"
                 ) from error
         self.of_sets = hasattr(self._function, "of_set")
         self._seen, self._lowest, self._highest = 0, float("inf"), -float("inf")
+        self._of, self._is_told = "images", False
 
     def __call__(self, x: Float[Tensor, "b *d"], rows: Rows) -> Float[Tensor, "b"]:
         """The reward of each sample, not yet decoded.
@@ -58,11 +62,7 @@ class ImageReward:
             UserError: it raised, its answer is not one finite number a sample, it has never changed,
                 or it judges sets.
         """
-        if self.of_sets:
-            raise UserError(
-                f"reward {self.source} judges sets of samples, and here each sample is judged alone: "
-                "use dragon, or a reward called with (images, rows)"
-            )
+        self.require_samples()
         answer = self._asked(self._function, x, rows)
         if answer.shape != (len(x),):
             raise UserError(
@@ -71,6 +71,14 @@ class ImageReward:
             )
         self._check_telling(answer, "images")
         return answer.to(x.dtype)
+
+    def require_samples(self) -> None:
+        """Raise where it judges sets."""
+        if self.of_sets:
+            raise UserError(
+                f"reward {self.source} judges sets of samples, and here each sample is judged alone: "
+                "use dragon, or a reward called with (images, rows)"
+            )
 
     def embed(self, x: Float[Tensor, "b *d"], rows: Rows) -> Float[Tensor, "b e"]:
         """Of a reward of sets, what it looks at of each sample.
@@ -116,25 +124,36 @@ class ImageReward:
 
     def _called(self, function: Callable[..., Any], *given: Any) -> Tensor:
         try:
-            return torch.as_tensor(function(*given))
+            answer = function(*given)
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"reward {self.source} failed: {error!r}") from error
+        try:
+            return torch.as_tensor(answer)
+        except Exception as error:
+            raise UserError(
+                f"reward {self.source} must return a tensor or numbers, got {type(answer).__name__}"
+            ) from error
 
     def _check_telling(self, answer: Tensor, of: str) -> None:
         before = self._seen
         self._seen += len(answer)
         self._lowest = min(self._lowest, float(answer.min()))
         self._highest = max(self._highest, float(answer.max()))
-        if self._lowest < self._highest:
-            return
-        told = f"reward {self.source} was {self._lowest:g} for all of the first {self._seen} {of}"
-        if self._seen >= TELLING:
-            raise UserError(f"{told}: nothing can be learned from a reward that is constant")
+        self._of = of
+        if self._seen >= TELLING and self._lowest == self._highest:
+            raise UserError(f"{self._constant()}: {NOTHING}")
         if before < SUSPECT <= self._seen:
-            warnings.warn(
-                f"{told}: nothing can be learned from a reward that is constant, and it is refused "
-                f"after {TELLING:,} {of}",
-                stacklevel=3,
-            )
+            self.warn_if_constant()
+
+    def warn_if_constant(self) -> None:
+        """Say once that it was the same for all of at least two images or sets so far, if it was."""
+        if self._is_told or self._seen < 2 or self._lowest < self._highest:
+            return
+        self._is_told = True
+        told = f"{self._constant()}: {NOTHING}, and it is refused after {TELLING:,} {self._of}"
+        warnings.warn(told, stacklevel=2)
+
+    def _constant(self) -> str:
+        return f"reward {self.source} was {self._lowest:g} for all of the first {self._seen} {self._of}"

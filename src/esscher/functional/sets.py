@@ -74,6 +74,57 @@ def frechet_distance(
     return (mean_a - mean_b).square().sum(-1) + traces - 2 * roots
 
 
+def gaussian_of(
+    x: Float[Tensor, "*b n d"],
+) -> tuple[Float[Tensor, "*b d"], Float[Tensor, "*b k d"]]:
+    """Mean of a set, or of many of one size, and a root R of its covariance (divided by n - 1), which
+    is R^T R; in float64. It has min(n, d) rows, so that no d x d matrix is made of few samples.
+
+    A set of one sample has covariance 0.
+    """
+    x = x.double()
+    count, mean = x.shape[-2], x.mean(-2)
+    root = (x - mean.unsqueeze(-2)) / max(count - 1, 1) ** 0.5
+    return mean, root if count <= x.shape[-1] else torch.linalg.qr(root).R
+
+
+def root_of(covariance: Float[Tensor, "d e"]) -> Float[Tensor, "d d"]:
+    """R with R^T R = covariance, whose eigenvalues below 0 are taken for 0; in float64.
+
+    Raises: ValueError if it is not square, symmetric and finite.
+    """
+    covariance = covariance.double()
+    square = covariance.ndim == 2 and covariance.shape[0] == covariance.shape[1]
+    if not (square and bool(torch.isclose(covariance, covariance.mT, rtol=1e-4).all())):
+        raise ValueError(
+            f"a covariance must be square, symmetric and finite, got shape {tuple(covariance.shape)}"
+        )
+    values, vectors = torch.linalg.eigh(covariance)
+    return values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.mT
+
+
+def frechet_distance_by_roots(
+    mean_a: Float[Tensor, "*b d"],
+    root_a: Float[Tensor, "*b k d"],
+    mean_b: Float[Tensor, "*c d"],
+    root_b: Float[Tensor, "*c l d"],
+) -> Float[Tensor, "*e"]:
+    """`frechet_distance` of Gaussians with covariances R^T R:
+
+    |m_a - m_b|^2 + |R_a|^2 + |R_b|^2 - 2 |R_a R_b^T|_*,   |.|_* the sum of singular values,
+
+    since those of R_a R_b^T are the roots of the eigenvalues of S_a S_b. In float64; no d x d matrix is
+    made.
+
+    Source: as `frechet_distance`.
+    """
+    mean_a, mean_b = mean_a.double(), mean_b.double()
+    root_a, root_b = root_a.double(), root_b.double()
+    traces = sum(root.square().sum((-2, -1)) for root in (root_a, root_b))
+    joint = torch.linalg.svdvals(root_a @ root_b.mT).sum(-1)
+    return (mean_a - mean_b).square().sum(-1) + traces - 2 * joint
+
+
 def vendi_score(embedding: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     """Effective number of different samples, in [1, n]: exp of the entropy of the eigenvalues of K / n,
     where K is the cosine of each pair.
