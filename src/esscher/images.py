@@ -173,19 +173,26 @@ def exact_mixture(
     table = sigma_of_alpha_bar(alpha_bars(kind, train_steps, beta_start, beta_end))
 
     def levels(steps: int) -> Float[Tensor, "k"]:
-        require("steps", steps, 1 <= steps <= train_steps, f"in [1, {train_steps}]")
         chosen = sampling_timesteps(train_steps, steps, "trailing").long()
         return torch.cat([table[chosen], table.new_zeros(1)])
 
     denoiser: Any = GaussianMixture(means, std, labels=labels)
     if not classes:
-        return DiffusionModel(denoiser, [dimensions], levels)
+        return DiffusionModel(denoiser, [dimensions], levels, most_steps=train_steps)
 
     def encode(rows: Any) -> Int[Tensor, "b"]:
         return _classes_of(rows, classes)
 
     null, columns = torch.tensor([-1]), ["label"]
-    return DiffusionModel(denoiser, [dimensions], levels, null=null, encode=encode, columns=columns)
+    return DiffusionModel(
+        denoiser,
+        [dimensions],
+        levels,
+        null=null,
+        encode=encode,
+        columns=columns,
+        most_steps=train_steps,
+    )
 
 
 def _circle(count: int) -> Float[Tensor, "k 2"]:

@@ -15,7 +15,7 @@ from esscher.adapters.pretrained import digest_of
 from esscher.distributions.diffusion import DiffusionModel
 from esscher.errors import UserError
 from esscher.experiment import ModelConfig
-from esscher.samplers.solvers import seeded_noise, solve
+from esscher.samplers.solvers import solve
 
 diffusers: Any = importlib.import_module("diffusers")
 CPU = torch.device("cpu")
@@ -61,22 +61,24 @@ def load(folder: Path, **options: Any) -> DiffusionModel:
     return load_diffusion(ModelConfig(source=str(folder), **options), CPU)
 
 
+SEEDS = [4, 9]
+
+
+def generators() -> list[torch.Generator]:
+    """For a pipeline: a sample's noise from its own seed, as here."""
+    return [torch.Generator().manual_seed(seed) for seed in SEEDS]
+
+
+def latents(*shape: int) -> torch.Tensor:
+    return torch.stack([torch.randn(shape, generator=g) for g in generators()])
+
+
 def drawn(
-    model: DiffusionModel,
-    z: torch.Tensor,
-    rows: Any,
-    steps: int,
-    scale: float = 1.0,
-    **options: Any,
+    model: DiffusionModel, rows: Any, steps: int, scale: float = 1.0, **options: Any
 ) -> torch.Tensor:
-    """Images from noise of unit variance, as pipelines take it."""
-    sigmas = model.levels(steps)
-    flow = type(model.pipeline.scheduler).__name__.startswith("FlowMatch")
-    start = z * float(sigmas[0] if flow else (1 + sigmas[0] ** 2) ** 0.5)
+    """Images of the two seeds."""
     condition = None if rows is None else model.encode(rows)
-    x = solve(model.guided(scale), start, sigmas, condition, **options)
-    # A last level above 0 is left in the coordinates of training.
-    return model.decode(x if flow else x / float((1 + sigmas[-1] ** 2) ** 0.5))
+    return model.decode(model.draw(condition, SEEDS, steps=steps, scale=scale, **options))
 
 
 def assert_alike(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -92,35 +94,47 @@ def noise(*shape: int) -> torch.Tensor:
 # ---- images are those of the pipeline
 
 
-@torch.no_grad()
-def test_images_of_a_unet(folders: dict[str, Path]) -> None:
-    """Clean estimates beyond white and black are clipped, and the noise follows from what is left."""
-    pipeline = opened(folders["plain"])
-    ddim = diffusers.DDIMPipeline(pipeline.unet, pipeline.scheduler)
+def ddim_of(folder: Path, **told: Any) -> Any:
+    """The pipeline of a folder with DDIM in place of its scheduler."""
+    pipeline = opened(folder)
+    scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, **told)
+    ddim = diffusers.DDIMPipeline(pipeline.unet, scheduler)
     ddim.set_progress_bar_config(disable=True)
-    draw = torch.Generator().manual_seed(4)
-    options = {"num_inference_steps": 5, "output_type": "pt", "use_clipped_model_output": True}
-    theirs = ddim(batch_size=2, generator=draw, **options).images
-    ours = drawn(load(folders["plain"]), noise(2, 3, 8, 8), None, 5)
-    assert_alike(ours, theirs)
+    return ddim
 
 
+@pytest.mark.parametrize("clips", [True, False])
 @torch.no_grad()
-def test_images_from_a_level_without_signal(folders: dict[str, Path], tmp_path: Path) -> None:
-    """At most 2^-24 of the variance stands for none, which moves the first estimate by 2^-12."""
-    told = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    pipeline = opened(folders["plain"])
-    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, **told)
-    ddim = diffusers.DDIMPipeline(pipeline.unet, pipeline.scheduler)
-    ddim.set_progress_bar_config(disable=True)
+def test_images_of_a_unet(folders: dict[str, Path], tmp_path: Path, clips: bool) -> None:
+    """Clipped estimates go with the noise that the network named, as DDIM's pipeline has it."""
+    ddim = ddim_of(folders["plain"], clip_sample=clips, clip_sample_range=0.5)
     ddim.save_pretrained(tmp_path / "model")
-    draw = torch.Generator().manual_seed(4)
-    options = {"num_inference_steps": 5, "output_type": "pt", "use_clipped_model_output": True}
-    theirs = ddim(batch_size=2, generator=draw, **options).images
+    options = {"num_inference_steps": 5, "output_type": "pt", "generator": generators()}
+    theirs = ddim(batch_size=2, **options).images
+    assert_alike(drawn(load(tmp_path / "model"), None, 5), theirs)
+
+
+@torch.no_grad()
+def test_images_of_a_unet_that_was_made_for_ddpm(folders: dict[str, Path]) -> None:
+    """In the steps of DDIM the noise follows from what clipping has left, as in those of DDPM."""
+    options = {"num_inference_steps": 5, "output_type": "pt", "generator": generators()}
+    ddim = ddim_of(folders["plain"])
+    theirs = ddim(batch_size=2, use_clipped_model_output=True, **options).images
+    assert_alike(drawn(load(folders["plain"]), None, 5), theirs)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@torch.no_grad()
+def test_images_from_a_level_without_signal(
+    folders: dict[str, Path], tmp_path: Path, steps: int
+) -> None:
+    ddim = ddim_of(folders["plain"], rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    ddim.save_pretrained(tmp_path / "model")
+    options = {"num_inference_steps": steps, "output_type": "pt", "generator": generators()}
+    theirs = ddim(batch_size=2, **options).images
     model = load(tmp_path / "model")
-    assert model.levels(5)[0] > 4000
-    ours = drawn(model, noise(2, 3, 8, 8), None, 5)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    assert model.levels(steps)[0] > 1e6
+    assert_alike(drawn(model, None, steps), theirs)
 
 
 @torch.no_grad()
@@ -128,17 +142,64 @@ def test_images_of_a_unet_with_noise_at_every_step(folders: dict[str, Path]) -> 
     """DDPM's own steps, clipping included."""
     pipeline, draw = opened(folders["plain"]), torch.Generator().manual_seed(4)
     theirs = pipeline(batch_size=1, generator=draw, num_inference_steps=5, output_type="pt").images
-    start, steps_noise = seeded_noise([4], (3, 8, 8))
-    ours = drawn(load(folders["plain"]), start, None, 5, eta=1.0, noise=steps_noise)
-    assert_alike(ours, theirs)
+    model = load(folders["plain"])
+    assert_alike(model.decode(model.draw(None, [4], steps=5, eta=1.0)), theirs)
 
 
 @torch.no_grad()
 def test_images_of_a_flow(folders: dict[str, Path]) -> None:
-    pipeline, draw = opened(folders["flow"]), torch.Generator().manual_seed(4)
-    theirs = pipeline(batch_size=2, generator=draw, num_inference_steps=5, output_type="pt").images
-    ours = drawn(load(folders["flow"]), noise(2, 3, 8, 8), None, 5)
-    assert_alike(ours, theirs)
+    pipeline = opened(folders["flow"])
+    options = {"num_inference_steps": 5, "output_type": "pt", "generator": generators()}
+    theirs = pipeline(batch_size=2, **options).images
+    assert_alike(drawn(load(folders["flow"]), None, 5), theirs)
+
+
+SOLVERS = {
+    "DDIMScheduler": "ddim",
+    "EulerDiscreteScheduler": "euler",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+}
+SPACED = [
+    ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "linspace"}),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "trailing", "use_karras_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"use_exponential_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
+    ("DPMSolverMultistepScheduler", {"use_beta_sigmas": True}),
+    (
+        "DPMSolverMultistepScheduler",
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+    ),
+    ("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": False}),
+]
+
+
+@pytest.mark.parametrize("steps", [2, 8, 20])
+@pytest.mark.parametrize(("name", "told"), SPACED, ids=[f"{n} {list(t)}" for n, t in SPACED])
+@torch.no_grad()
+def test_images_by_schedulers_of_all_spacings(
+    folders: dict[str, Path], tmp_path: Path, name: str, told: dict[str, Any], steps: int
+) -> None:
+    """Against a loop over the scheduler by hand, from its first noise to its last step."""
+    if "use_beta_sigmas" in told:
+        pytest.importorskip("scipy")
+    pipeline, z = opened(folders["plain"]), latents(3, 8, 8)
+    kind: Any = getattr(diffusers, name)
+    told = {"clip_sample": False, **told}
+    scheduler = kind.from_config(pipeline.scheduler.config, **told)
+    pipeline.scheduler = scheduler
+    pipeline.save_pretrained(tmp_path / "model")
+    scheduler.set_timesteps(steps)
+    x = z * scheduler.init_noise_sigma
+    for step in scheduler.timesteps:
+        output = pipeline.unet(scheduler.scale_model_input(x, step), step).sample
+        x = scheduler.step(output, step, x).prev_sample
+    solver: Any = SOLVERS[name]
+    model = load(tmp_path / "model")
+    ours = model.draw(None, SEEDS, steps=steps, solver=solver)
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -163,12 +224,12 @@ def test_images_of_classes(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @torch.no_grad()
 def test_images_of_a_dit(folders: dict[str, Path], scale: float) -> None:
-    pipeline, draw = opened(folders["dit"]), torch.Generator().manual_seed(4)
-    options: dict[str, Any] = {"num_inference_steps": 5, "output_type": "pt", "generator": draw}
+    pipeline = opened(folders["dit"])
+    options: dict[str, Any] = {"num_inference_steps": 5, "output_type": "pt"}
+    options["generator"] = generators()
     theirs = pipeline([7, 999], guidance_scale=scale, **options).images
     model = load(folders["dit"])
-    ours = drawn(model, noise(2, 4, 8, 8), [{"label": 7}, {"label": 999}], 5, scale)
-    assert_alike(ours, theirs)
+    assert_alike(drawn(model, [{"label": 7}, {"label": 999}], 5, scale), theirs)
 
 
 @torch.no_grad()
@@ -176,7 +237,7 @@ def test_images_of_a_transformer_without_an_autoencoder(tmp_path: Path) -> None:
     """Against a loop by hand over the scheduler; after training too, as it was saved."""
     made = seeded(images.tiny_pixel_dit, classes=1000, prediction="v_prediction")
     made.save_pretrained(tmp_path / "begun")
-    model, z = load(tmp_path / "begun"), noise(2, 1, 8, 8)
+    model, z = load(tmp_path / "begun"), latents(1, 8, 8)
     assert model.shape == (1, 8, 8) and model.null.tolist() == [1000]  # type: ignore[union-attr]
     rows = [{"label": 7}, {"label": 999}]
     with torch.enable_grad():
@@ -193,7 +254,7 @@ def test_images_of_a_transformer_without_an_autoencoder(tmp_path: Path) -> None:
         output = pipeline.transformer(x, step.expand(2), torch.tensor([7, 999])).sample
         x = scheduler.step(output, step, x, use_clipped_model_output=True).prev_sample
     again = load(tmp_path / "model")
-    assert_alike(drawn(again, z, rows, 5), (x / 2 + 0.5).clamp(0, 1))
+    assert_alike(drawn(again, rows, 5), (x / 2 + 0.5).clamp(0, 1))
     assert digest_of(again) == digest_of(model) != digest_of(load(tmp_path / "begun"))
 
 
@@ -214,14 +275,14 @@ def test_images_of_prompts(
     kind: Any = getattr(diffusers, scheduler)
     pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
     pipeline.save_pretrained(tmp_path / "model")
-    prompts, z = ["a red cat", "two dogs, that run and run and run"], noise(2, 4, 8, 8)
+    prompts, z = ["a red cat", "two dogs, that run and run and run"], latents(4, 8, 8)
     theirs = pipeline(
         prompts, latents=z, num_inference_steps=5, guidance_scale=scale, output_type="pt"
     ).images
     model = load(tmp_path / "model")
-    solver: Any = "dpmpp_2m" if scheduler.startswith("DPM") else "euler"
-    ours = drawn(model, z, [{"prompt": prompt} for prompt in prompts], 5, scale, solver=solver)
-    assert_alike(ours, theirs)
+    solver: Any = SOLVERS[scheduler]
+    rows = [{"prompt": prompt} for prompt in prompts]
+    assert_alike(drawn(model, rows, 5, scale, solver=solver), theirs)
 
 
 def test_prompts_are_encoded_as_the_pipeline_does_it(folders: dict[str, Path]) -> None:
@@ -332,7 +393,7 @@ def test_rows_that_say_nothing_the_model_knows(folders: dict[str, Path]) -> None
         dit.draw(None, [1], steps=2)
     with pytest.raises(UserError, match="without conditions"):
         plain.draw(torch.zeros(1), [1], steps=2)
-    with pytest.raises(UserError, match="guidance scale of 1"):
+    with pytest.raises(UserError, match="scale must be 1, which is no guidance, got"):
         plain.draw(None, [1], steps=2, scale=2.0)
 
 

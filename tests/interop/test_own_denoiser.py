@@ -69,7 +69,17 @@ BROUGHT: dict[str, tuple[str, Any, str]] = {
     "named": ("encode", lambda rows: {"text": torch.zeros(2, 1)}, "3 rows text for .* got"),
     "wide": ("encode", lambda rows: torch.zeros(len(rows), 5), "shape .5,. and the null condition"),
     "null": ("null", torch.zeros(2, 1), "null of model mine:it must have one row, got 2"),
-    "levels": ("levels", lambda steps: [][steps], "levels of model mine:it failed on 2 steps"),
+    "levels": (
+        "levels",
+        lambda steps: [][steps],
+        "levels of model mine:it failed on up to 1,000 st",
+    ),
+    "rising": (
+        "levels",
+        lambda steps: torch.arange(steps) / 1.0,
+        "falling vector .* from 0 to 999",
+    ),
+    "few steps": ("levels", lambda steps: karras_levels(1 / (steps <= 9)), "attribute most_steps"),
 }
 
 
@@ -79,6 +89,34 @@ def test_bad_attributes_are_refused(name: str, value: Any, told: str) -> None:
     setattr(denoiser, name, value)
     with pytest.raises(UserError, match=told):
         try_out(model_of(denoiser, "mine:it"), ROWS, "mine:it")
+
+
+def test_one_that_takes_few_steps() -> None:
+    denoiser: Any = Shrinks()
+    denoiser.levels, denoiser.most_steps = (
+        lambda steps: karras_levels(int(1 / (steps <= 9)) * steps),
+        9,
+    )
+    model = model_of(denoiser, "mine:it")
+    try_out(model, ROWS, "mine:it")
+    torch.testing.assert_close(model.levels_up_to(20), karras_levels(9))
+    assert len(model.training_levels()) == 9
+    with pytest.raises(UserError, match=r"draw_steps must be in \[1, 9\], the most .*, got 10"):
+        model.levels(10)
+
+
+def test_one_that_takes_one_number_of_steps_alone() -> None:
+    denoiser: Any = Shrinks()
+    denoiser.levels = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.0])
+    model = model_of(denoiser, "mine:it")
+    try_out(model, ROWS, "mine:it")
+    assert torch.equal(model.levels(5), denoiser.levels)
+    assert model.levels_up_to(2).tolist() == [8.0, 2.0, 0.0]
+    assert set(model.noise_levels(200).tolist()) == {8.0, 4.0, 2.0, 1.0, 0.5}
+    with pytest.raises(
+        UserError, match="draw_steps must be 5, the steps that this model takes, got"
+    ):
+        model.levels(4)
 
 
 def test_one_that_needs_a_condition_is_told_where_it_comes_from() -> None:

@@ -87,17 +87,22 @@ def test_no_signal_is_refused() -> None:
 
 
 def test_betas_without_a_last_signal() -> None:
-    """Of what predicts the noise refused; else the schedule is diffusers' own, 2^-24 at its end."""
+    """Of what predicts the noise refused; else the schedule is diffusers' own, nearly 0 at its end."""
     diffusers: Any = importlib.import_module("diffusers")
     options: dict[str, Any] = {"rescale_betas_zero_snr": True, "beta_schedule": "scaled_linear"}
     with pytest.raises(UserError, match="rescale_betas_zero_snr"):
         noise_table(diffusers.DDIMScheduler(**options))
     options |= {"prediction_type": "v_prediction"}
-    table = noise_table(diffusers.DDIMScheduler(**options))
-    theirs = diffusers.EulerDiscreteScheduler(**options).alphas_cumprod.double()
-    torch.testing.assert_close(table, theirs, rtol=0, atol=1e-6)
-    assert table[-1] == 2.0**-24
-    assert Discrete(Remembering(table), table, "v_prediction").sigmas[-1] == pytest.approx(4096)
+    for kind, least in (("EulerDiscreteScheduler", 2.0**-24), ("DDIMScheduler", 2.0**-40)):
+        scheduler = getattr(diffusers, kind)(**options)
+        table = noise_table(scheduler)
+        theirs = scheduler.alphas_cumprod.double()
+        torch.testing.assert_close(table, theirs, rtol=0, atol=1e-6)
+        assert table[-1] == least
+        highest = Discrete(Remembering(table), table, "v_prediction").sigmas[-1]
+        assert highest == pytest.approx(least**-0.5)
+    with pytest.raises(UserError, match="has 1 training step, and rescale_betas_zero_snr needs"):
+        noise_table(diffusers.DDIMScheduler(num_train_timesteps=1, **options))
 
 
 # ---- guidance
@@ -149,9 +154,9 @@ def test_null_conditions_that_do_not_fit() -> None:
 def test_a_model_without_a_null_condition_takes_no_guidance() -> None:
     model = DiffusionModel(labelled(), [2], lambda steps: torch.tensor([1.0, 0.0]))
     assert model.guided(1.0) is model.denoiser
-    with pytest.raises(UserError, match="guidance scale of 1"):
+    with pytest.raises(UserError, match="scale must be 1, which is no guidance, got"):
         model.guided(2.0)
-    with pytest.raises(UserError, match="guidance scale of 1"):
+    with pytest.raises(UserError, match="scale must be 1, which is no guidance, got"):
         model.draw(None, [1], steps=1, scale=2.0)
 
 

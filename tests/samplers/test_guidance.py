@@ -10,7 +10,12 @@ import torch
 
 from esscher.distributions.gaussian_mixture import GaussianMixture
 from esscher.errors import UserError
-from esscher.functional.diffusion import alpha_bars, sampling_timesteps, sigma_of_alpha_bar
+from esscher.functional.diffusion import (
+    alpha_bars,
+    over,
+    sampling_timesteps,
+    sigma_of_alpha_bar,
+)
 from esscher.samplers.denoisers import Counted, classifier_free, clipped
 from esscher.samplers.guidance import (
     LinearGuidance,
@@ -207,14 +212,33 @@ def test_without_signal_the_cosine_is_one_and_nobody_leaves_for_it() -> None:
     assert found.guided[:2].all()
 
 
-@pytest.mark.parametrize(("steps", "guided"), [(4, 1), (5, 2), (20, 5)])
+class Turning:
+    """A denoiser whose conditional eps is turned away from the unconditional one, (1, 0), by an angle
+    at each step; levels are steps that are left.
+    """
+
+    def __init__(self, *angles: float):
+        self.angles = angles
+
+    def __call__(self, x: Any, sigma: Any, condition: Any = None) -> torch.Tensor:
+        place = [round(len(self.angles) - float(s)) for s in sigma]
+        turned = torch.tensor([self.angles[k] for k in place], dtype=x.dtype) * condition
+        return x - over(sigma, x) * torch.stack([turned.cos(), turned.sin()], -1)
+
+    def draw(self, **options: Any) -> Any:
+        ones = torch.ones(1).double()
+        sigmas = torch.arange(len(self.angles), -1, -1).double()
+        return adaptive_solve(
+            self, torch.ones(1, 2).double(), sigmas, ones, 0 * ones, scale=2.0, **options
+        )
+
+
+@pytest.mark.parametrize(("steps", "guided"), [(4, 2), (5, 2), (20, 5)])
 def test_a_quarter_of_the_steps_is_guided_unless_told_otherwise(steps: int, guided: int) -> None:
-    x, sigmas = noise(2, 16) * 20, torch.linspace(20, 0, steps + 1)
-    drawn = adaptive_solve(
-        mixture(), x, sigmas, torch.tensor([0, 1]), NONE, scale=3.0, threshold=-0.999
-    )
-    assert drawn.guided.sum(0).tolist() == [guided] * 2
-    assert drawn.evaluations.tolist() == [steps + guided] * 2
+    """From the second step on both answers are the same."""
+    drawn = Turning(1.0, *[0.0] * (steps - 1)).draw(threshold=0.9)
+    assert drawn.guided.sum(0).tolist() == [guided]
+    assert drawn.evaluations.tolist() == [steps + guided]
 
 
 # ---- against the plain solver
@@ -660,6 +684,34 @@ def test_guidance_is_kept_where_it_matters(solver: Any) -> None:
         threshold=None, policy=found.best(), solver=solver,
     )  # fmt: skip
     assert drawn.evaluations.tolist() == [6] * 4
+
+
+@pytest.mark.parametrize(("least", "evaluations"), [(None, 10), (2, 8), (5, 11), (6, 12)])
+def test_nobody_leaves_before_the_cosine_has_fallen(least: int | None, evaluations: int) -> None:
+    """cos: 0.995, 0.955, 0.540, 0.955, 0.995, 0.999. At threshold 0.95 the second step ends guidance if
+    two steps are enough; where it must have fallen first, the fourth does.
+    """
+    turning = Turning(0.1, 0.3, 1.0, 0.3, 0.1, 0.05)
+    found = turning.draw(threshold=0.95, min_guided_steps=least)
+    assert found.cosine[:2, 0].tolist() == pytest.approx([math.cos(0.1), math.cos(0.3)])
+    assert found.evaluations.tolist() == [evaluations]
+
+
+def test_conditions_of_another_number_of_rows_are_refused() -> None:
+    options: Any = {"scale": 2.0, "threshold": 0.9}
+    sigmas, x, null = torch.tensor([2.0, 1.0, 0.5]), torch.zeros(4, 16), NONE
+    model = mixture(spread=1.0)
+    for rows in (2, 6):
+        with pytest.raises(
+            UserError, match=f"rows of the condition must be 4, those of x, got {rows}"
+        ):
+            adaptive_solve(model, x, sigmas, torch.zeros(rows).long(), null, **options)
+        with pytest.raises(
+            UserError, match=f"rows of the condition must be 4, those of x, got {rows}"
+        ):
+            fit_linear(model, x, sigmas, torch.zeros(rows).long(), null, scale=2.0)
+    with pytest.raises(UserError, match="x must be at least one row, got 0"):
+        adaptive_solve(model, x[:0], sigmas, torch.zeros(0).long(), null, **options)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])

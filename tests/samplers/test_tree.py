@@ -587,5 +587,40 @@ def test_what_a_tree_cannot_do() -> None:
     narrow = Tree(Chain(), first, TreeSettings(widening_exponent=0.0), seed=0)
     with pytest.raises(UserError, match="give iterations too"):
         narrow.grow(evaluations=100)
+    with pytest.raises(UserError, match="iterations must be a whole number >= 0, got -1"):
+        tree.grow(-1)
+    with pytest.raises(UserError, match="evaluations must be >= 0, got -5"):
+        tree.grow(evaluations=-5)
+
+
+def test_a_tree_that_hardly_widens_does_not_search_for_ever(monkeypatch: Any) -> None:
+    monkeypatch.setattr("esscher.samplers.tree.PATIENCE", 500)
+    tree = Tree(Chain(), first, TreeSettings(widening_exponent=0.01), seed=0)
+    with pytest.raises(
+        UserError, match="500 paths .* 10,000 evaluations .*exponent must be larger"
+    ):
+        tree.grow(evaluations=10_000)
+    tree.grow(2_000)  # A number of iterations has an end of its own.
+
+
+def test_a_batch_is_no_larger_than_what_is_left_of_a_budget() -> None:
+    process = DenoisingProcess(mixture_of([[0.0]], 1.0), torch.linspace(5, 0, 11), (1,), (0, 4, 7))
+    tree = Tree(process, first, TreeSettings(batch=64), seed=0)
+    tree.grow(evaluations=333)
+    assert 333 <= tree.evaluations < 333 + 10
+    tree.grow(evaluations=1_000)
+    assert 1_000 <= tree.evaluations < 1_000 + 10
+
+
+def test_a_chain_may_begin_and_end_in_the_networks_coordinates() -> None:
+    options: Any = {"sigmas": [3.0, 2.0, 0.5], "shape": (1,), "branch": (0,)}
+    plain = DenoisingProcess(mixture_of([[0.0]], 1.0), **options)
+    scaled = DenoisingProcess(mixture_of([[0.0]], 1.0), start=10**0.5, end=0.25, **options)
+    torch.testing.assert_close(scaled.prior([4]), plain.prior([4]) / 3 * 10**0.5)
+    x = torch.ones(1, 1)
+    torch.testing.assert_close(scaled.transition(x, 0, [5]), plain.transition(x, 0, [5]) / 4)
+
+
+def test_no_leaves_cannot_be_drawn() -> None:
     with pytest.raises(UserError, match="count must be >= 1"):
         grown(5).draw(0, seed=0)

@@ -14,6 +14,7 @@ thresholding is refused.
 """
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -38,7 +39,7 @@ from esscher.functional.diffusion import (
     over,
     sigma_of_alpha_bar,
 )
-from esscher.samplers.denoisers import Condition, Discrete
+from esscher.samplers.denoisers import Between, Condition, Discrete, whole_steps
 
 Levels = Callable[[int], Float[Tensor, "k"]]
 """Number of steps -> noise levels, falling, and the last one below them."""
@@ -61,6 +62,14 @@ SIGMAS = (
     "LMSDiscreteScheduler",
     "UniPCMultistepScheduler",
 )
+WHOLE_STEPS = (
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Those of them that tell the network whole steps alone; besides, they begin and end in its own
+coordinates, of unit variance."""
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 OTHER_SPACINGS = (
     "use_karras_sigmas",
@@ -69,8 +78,13 @@ OTHER_SPACINGS = (
     "use_lu_lambdas",
 )
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+OWN = "esscher.json"
+"""Beside a pipeline, what its own files do not say."""
 LEAST_SIGNAL = 2.0**-24
-"""Share of the signal's variance at a last step that has none; diffusers takes the same."""
+"""Share of the signal's variance at a last step that has none; diffusers takes the same of schedulers
+that go by sigma."""
+LESS_SIGNAL = 2.0**-40
+"""That of the others, which have none there: in place of 0, which has no finite noise level."""
 LATEST = 1 - 1e-6
 """Time at which a flow begins; at 1 there would be noise alone, and no finite noise level."""
 
@@ -80,8 +94,12 @@ def load_diffusion(config: ModelConfig, device: torch.device) -> DiffusionModel:
 
     A function of the user's own returns a pipeline of diffusers, a `DiffusionModel`, or a denoiser
     D(x, sigma, condition) with the attribute `shape` of one sample; of a denoiser the attributes
-    `levels`, `null`, `encode`, `decode`, `invert` and `columns` are read if they are there, as they are
-    told to a `DiffusionModel`. Its default levels are those of Karras et al., from 80 to 0.002, then 0.
+    `levels`, `most_steps`, `null`, `encode`, `decode`, `invert` and `columns` are read if they are
+    there, as they are told to a `DiffusionModel`. Its default levels are those of Karras et al., from
+    80 to 0.002, then 0.
+
+    Whatever it is, it is in evaluation mode from here on, in training too: a sample depends on its
+    condition, its seed and the weights alone.
 
     Args:
         config: `source` says where; kwargs go to a module:function, else they may hold null_class,
@@ -110,14 +128,16 @@ def load_diffusion(config: ModelConfig, device: torch.device) -> DiffusionModel:
             "own: do it there"
         )
     whole = found if isinstance(found, DiffusionModel) else model_of(found, config.source)
-    return whole.to(device)
+    return whole.to(device).eval()
 
 
 def save_diffusion(model: DiffusionModel, folder: Path, *, adapters_only: bool = False) -> Path:
     """Write a folder that DiffusionPipeline.from_pretrained opens, whole or not at all.
 
     Adapters are written into the weights that they change. Of a module of the user's own the state is
-    written, as model.safetensors, under the module's own names: `load_state_dict` takes it.
+    written, as model.safetensors, under the module's own names: `load_state_dict` takes it. A model
+    that draws in one step gets a scheduler whose one step that is (num_inference_steps=1). Which class
+    stands for none, which a U-Net does not say, is written to esscher.json for `load_diffusion`.
 
     Args:
         model: from `load_diffusion`.
@@ -144,9 +164,35 @@ def save_diffusion(model: DiffusionModel, folder: Path, *, adapters_only: bool =
             layers = _adapter_state(network)
             type(pipeline).save_lora_weights(writing, unet_lora_layers=layers)
         else:
+            whole = _whole(pipeline, network)
+            if model.one_step_at is not None and not _is_flow(pipeline.scheduler):
+                whole.register_modules(
+                    scheduler=_of_one_step(pipeline.scheduler, model.one_step_at)
+                )
             with without_progress_bars("diffusers"):
-                _whole(pipeline, network).save_pretrained(writing, safe_serialization=True)
+                whole.save_pretrained(writing, safe_serialization=True)
+            if isinstance(null := model.null, Tensor) and "label" in model.columns:
+                (writing / OWN).write_text(json.dumps({"null_class": int(null)}) + "\n")
     return folder
+
+
+def _of_one_step(scheduler: Any, sigma: float) -> Any:
+    """A scheduler whose training ends at this noise level, where its one step begins.
+
+    The levels below it, and what the network is told of each, stay the scheduler's.
+    """
+    diffusers: Any = needed("diffusers", "a model of one step", "diffusion")
+    table = noise_table(scheduler)
+    count = int((sigma_of_alpha_bar(table) - sigma).abs().argmin()) + 1
+    kept = table[:count]
+    betas = 1 - kept / torch.cat([table.new_ones(1), kept[:-1]])
+    return diffusers.DDIMScheduler(
+        num_train_timesteps=count,
+        trained_betas=betas.tolist(),
+        timestep_spacing="trailing",
+        prediction_type=scheduler.config.prediction_type,
+        clip_sample=False,
+    )
 
 
 # ---- noise levels
@@ -155,9 +201,9 @@ def save_diffusion(model: DiffusionModel, folder: Path, *, adapters_only: bool =
 def noise_table(scheduler: Any) -> Float[Tensor, "t"]:
     """Share of the signal's variance after each training step, in float64.
 
-    Betas rescaled to leave no signal (Lin et al. 2024, arXiv 2305.08891, algorithm 1) keep 2^-24 of it
-    at the last step, or half of what the step before has if that is less, so that its noise level is
-    finite: 4096 or more.
+    Betas rescaled to leave no signal (Lin et al. 2024, arXiv 2305.08891, algorithm 1) keep a little of
+    it at the last step (`LEAST_SIGNAL`, `LESS_SIGNAL`), or half of what the step before has if that is
+    less, so that its noise level is finite: 4096 or more.
 
     Raises:
         UserError: the signal is lost and the network predicts the noise, which then says nothing.
@@ -183,8 +229,15 @@ def noise_table(scheduler: Any) -> Float[Tensor, "t"]:
             )
         root = table.sqrt()
         table = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+        if len(table) < 2:
+            raise UserError(
+                f"{type(scheduler).__name__} has {len(table)} training step, and "
+                "rescale_betas_zero_snr needs num_train_timesteps of 2 or more: set it to false in "
+                "scheduler_config.json"
+            )
+        least = LESS_SIGNAL if type(scheduler).__name__ in STEPS_OF_TRAINING else LEAST_SIGNAL
         before = float(table[-2])
-        table[-1] = LEAST_SIGNAL if before > LEAST_SIGNAL else before / 2
+        table[-1] = least if before > least else before / 2
     return table
 
 
@@ -224,6 +277,12 @@ def levels_of(scheduler: Any) -> Levels:
             found = torch.cat([_between(table, asked.timesteps.double()), last])
         changes = torch.ones(len(found), dtype=torch.bool)
         changes[1:] = found[1:] != found[:-1]
+        if int(changes.sum()) < 2:
+            raise UserError(
+                f"draw_steps must be >= 2 with this {name}, got {steps}: its only step would be at its "
+                f"last noise level, {float(found[0]):g} (or set timestep_spacing to trailing in "
+                "scheduler_config.json)"
+            )
         return found[changes]
 
     return levels
@@ -267,14 +326,25 @@ def _denoiser(network: nn.Module, scheduler: Any) -> nn.Module:
                 f"{name} shifts its steps by the size of the image, or counts them backwards "
                 "(use_dynamic_shifting, invert_sigmas), which is not supported"
             )
-        return FlowMatching(network, config.num_train_timesteps)
+        return FlowMatching(network, config.num_train_timesteps, _between_steps(scheduler))
     predictions = get_args(Prediction)
     if config.prediction_type not in predictions[:-1]:
         raise UserError(
             f"{name} has prediction_type {config.prediction_type!r}: "
             f"{nearest(config.prediction_type, predictions[:-1])}"
         )
-    return Discrete(network, noise_table(scheduler), config.prediction_type)
+    between = _between_steps(scheduler)
+    return Discrete(network, noise_table(scheduler), config.prediction_type, between)
+
+
+def _between_steps(scheduler: Any) -> Between:
+    """What step a scheduler tells the network of a level that is none of training's."""
+    config = scheduler.config
+    if type(scheduler).__name__ not in WHOLE_STEPS:
+        return "log" if any(config.get(spacing, False) for spacing in OTHER_SPACINGS) else "linear"
+    rounded = config.get("use_karras_sigmas", False) or config.get("use_lu_lambdas", False)
+    # Others are cut off where they are stored as whole numbers.
+    return "nearest" if rounded and config.beta_schedule != "squaredcos_cap_v2" else "below"
 
 
 class FlowMatching(nn.Module):
@@ -283,18 +353,31 @@ class FlowMatching(nn.Module):
     Args:
         network: (z "b *d", T t "b", condition) -> output "b *d".
         train_steps: T, what times are multiplied by.
+        between: as in `Discrete`, of T t.
     """
 
-    def __init__(self, network: Callable[[Tensor, Tensor, Condition], Tensor], train_steps: int):
+    prediction: Prediction = "flow_prediction"
+
+    def __init__(
+        self,
+        network: Callable[[Tensor, Tensor, Condition], Tensor],
+        train_steps: int,
+        between: Between = "linear",
+    ):
         super().__init__()
         self.network, self.train_steps = network, train_steps
+        self.between: Between = between
+
+    def timestep(self, sigma: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
+        """T t of a noise level."""
+        return whole_steps(sigma / (1 + sigma) * self.train_steps, self.between)
 
     def forward(
         self, x: Float[Tensor, "b *d"], sigma: Float[Tensor, "b"], condition: Condition = None
     ) -> Float[Tensor, "b *d"]:
         z = x * over(input_scale("flow_prediction", sigma), x)
-        time = sigma / (1 + sigma) * self.train_steps
-        return denoised_of("flow_prediction", self.network(z, time, condition), x, sigma)
+        output = self.network(z, self.timestep(sigma), condition)
+        return denoised_of("flow_prediction", output, x, sigma)
 
 
 # ---- the parts of a pipeline
@@ -361,12 +444,16 @@ class TextEncoder(_Part):
         super().__init__(pipeline.text_encoder, dtype)
         self._pipeline = pipeline
 
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Raise where a row has no prompt."""
+        for number, row in enumerate(rows):
+            if not isinstance(prompt := row.get("prompt"), str):
+                raise UserError(f"row {number}: prompt must be text, got {prompt!r}")
+
     @torch.no_grad()
     def forward(self, rows: Sequence[Mapping[str, Any]]) -> Float[Tensor, "b l d"]:
-        prompts = [row.get("prompt") for row in rows]
-        for number, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise UserError(f"row {number}: prompt must be text, got {prompt!r}")
+        self.check(rows)
+        prompts = [row["prompt"] for row in rows]
         places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
         device = self.part.device
         states = self._pipeline.encode_prompt(list(places), device, 1, False)[0].float()
@@ -396,6 +483,10 @@ class Labels:
 
     def __init__(self, count: int, names: Mapping[str, int], null: int | None):
         self._count, self._names, self._null = count, dict(names), null
+
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Raise where a row has no such label."""
+        self(rows)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Int[Tensor, "b"]:
         numbers = [self._number(number, row.get("label")) for number, row in enumerate(rows)]
@@ -481,13 +572,26 @@ def _of_pipeline(
         shape,
         levels_of(pipeline.scheduler),
         clip=_clip_of(pipeline.scheduler),
+        keeps_noise=type(pipeline.scheduler).__name__ == "DDIMScheduler",
+        unit_start=_unit_start(pipeline.scheduler),
+        unit_end=type(pipeline.scheduler).__name__ in (*STEPS_OF_TRAINING, *WHOLE_STEPS),
+        most_steps=pipeline.scheduler.config.num_train_timesteps,
         decode=decode,
         invert=invert,
         frozen_dtype=dtype,
         **told,
     ).to(device)
+    model.eval()
     model.pipeline = pipeline
     return model
+
+
+def _unit_start(scheduler: Any) -> bool:
+    """Whether a scheduler begins with the network's input of unit variance."""
+    name = type(scheduler).__name__
+    if name in SIGMAS and name not in WHOLE_STEPS and not _is_flow(scheduler):
+        return scheduler.config.timestep_spacing == "leading"
+    return True
 
 
 def _clip_of(scheduler: Any) -> float | None:
@@ -522,10 +626,19 @@ def _null_class(pipeline: Any, config: ModelConfig, own: bool) -> int | None:
                 f"model.kwargs {key}: {type(pipeline).__name__} takes "
                 f"{'null_class alone' if takes else 'none'}"
             )
-    found = config.kwargs.get("null_class")
+    found = config.kwargs.get("null_class", _said(config.source))
     if found is None or (isinstance(found, int) and not isinstance(found, bool)):
         return found
     raise UserError(f"model.kwargs null_class must be a whole number, got {found!r}")
+
+
+def _said(source: str | None) -> int | None:
+    """The class that stands for none, by the file that `save_diffusion` leaves beside a pipeline."""
+    path = Path(source or "") / OWN
+    if not path.is_file():
+        return None
+    with readable(f"{path} cannot be read"):
+        return json.loads(path.read_text(encoding="utf-8")).get("null_class")
 
 
 def _check_network(name: str, config: Any) -> None:

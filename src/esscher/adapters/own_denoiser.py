@@ -30,7 +30,7 @@ def model_of(denoiser: Any, source: str) -> DiffusionModel:
         )
     options = {
         name: getattr(denoiser, name)
-        for name in ("null", "encode", "decode", "invert", "columns")
+        for name in ("null", "encode", "decode", "invert", "columns", "most_steps")
         if getattr(denoiser, name, None) is not None
     }
     brought: Any = denoiser
@@ -58,8 +58,9 @@ def try_out(model: DiffusionModel, rows: Sequence[Mapping[str, Any]], source: st
         rows: of the data, at least one.
 
     Raises:
-        UserError: it or its `encode` raised, there are not as many conditions as rows, the null
-            condition is not one row of their kind, or the answer is not finite or not of x's shape.
+        UserError: it or its `encode` or `levels` raised, levels do not fall, there are not as many
+            conditions as rows, the null condition is not one row of their kind, or the answer is not
+            finite or not of x's shape.
     """
     rows = [*rows, *rows][: max(2, len(rows))]
     with torch.random.fork_rng(devices=[]):
@@ -81,12 +82,30 @@ def try_out(model: DiffusionModel, rows: Sequence[Mapping[str, Any]], source: st
             asked.append(expanded(model.null, 2))
             if condition is not None:
                 both(*asked)
+        level = float(_levels_tried(model, source)[0])
         for condition in asked:
-            _try(model, condition, source)
+            _try(model, condition, level, source)
 
 
-def _try(model: DiffusionModel, condition: Condition, source: str) -> None:
-    level = _asked(lambda: float(model.levels(2)[0]), f"levels of model {source} failed on 2 steps")
+def _levels_tried(model: DiffusionModel, source: str) -> Float[Tensor, "k"]:
+    """Those to learn at, which work needs whatever samples are drawn by."""
+    told = (
+        f"levels of model {source} failed on up to 1,000 steps (where it takes fewer, give it the "
+        "attribute most_steps; where it takes one number of steps alone, the levels themselves as a "
+        "tensor)"
+    )
+    found = _asked(lambda: torch.as_tensor(model.levels_up_to(1_000)), told)
+    falls = found.ndim == 1 and len(found) >= 2 and bool((found[1:] < found[:-1]).all())
+    if not falls or not bool(found.isfinite().all()) or float(found[-1]) < 0:
+        raise UserError(
+            f"levels of model {source} must be a falling vector of finite noise levels that ends at 0 "
+            f"or above, got shape {tuple(found.shape)}"
+            + (f", from {float(found[0]):g} to {float(found[-1]):g}" if found.numel() else "")
+        )
+    return found
+
+
+def _try(model: DiffusionModel, condition: Condition, level: float, source: str) -> None:
     x = seeded_noise([0, 1], model.shape, model.device)[0] * level
     shapes = [f"a condition{of} of shape {tuple(v.shape)}" for of, v in _parts(condition).items()]
     conditioned = " and ".join(shapes) or "no condition (an attribute encode makes them of rows)"

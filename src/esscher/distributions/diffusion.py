@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from esscher.errors import UserError
+from esscher.errors import UserError, require
+from esscher.functional.diffusion import Prediction, input_scale
 from esscher.nn.sharding import Sharding, shard
 from esscher.nn.trained import TrainedState
 from esscher.samplers.denoisers import Condition, Denoiser, classifier_free, clipped, placed
@@ -23,7 +24,8 @@ class DiffusionModel(TrainedState):
     Args:
         denoiser: D(x, sigma, condition); trained where it is a module.
         shape: of one sample as the denoiser sees it (a latent's, where there is an autoencoder).
-        levels: number of steps -> as many noise levels and the last one below them, falling.
+        levels: number of steps -> as many noise levels and the last one below them, falling; or these
+            levels themselves, of a model that takes one number of steps alone.
         null: the condition of no condition, one row; None: the model has none, and takes no guidance.
         encode: rows of the data (a label, a prompt) -> their condition; None: there are no conditions.
         decode: denoised samples -> what is shown and judged (images "b c h w" in [0, 1], or the
@@ -32,19 +34,26 @@ class DiffusionModel(TrainedState):
         columns: what `encode` reads of a row.
         clip: bound of a clean sample's components, to which estimates are clipped where samples are
             drawn, not where the model learns; None: there is none.
+        keeps_noise: how ddim without noise of its own clips; see `Stepper`.
+        unit_start: whether chains begin with an input of the network of deviation 1, as in diffusers,
+            and so with x of sqrt(1 + sigma^2), or 1 + sigma of a flow; else with x of deviation sigma.
+        unit_end: whether a sample that has noise left is the network's input too; else it is x.
+        most_steps: that `levels` can be asked for, >= 1.
         frozen_dtype: of the weights of copies that are not trained; other than float32 only where the
             denoiser turns its inputs into it.
     """
 
     pipeline: Any = None
     """What it was read from, and what it is saved as; None: a module of the user's own."""
+    one_step_at: float | None = None
+    """Noise level at which one evaluation draws a sample, of a distilled model; else None."""
     _is_frozen = _is_average = False
 
     def __init__(
         self,
         denoiser: Denoiser,
         shape: Sequence[int],
-        levels: Callable[[int], Float[Tensor, "k"]],
+        levels: Callable[[int], Float[Tensor, "k"]] | Float[Tensor, "k"],
         *,
         null: Condition = None,
         encode: Callable[[Sequence[Mapping[str, Any]]], Condition] | None = None,
@@ -52,13 +61,20 @@ class DiffusionModel(TrainedState):
         invert: Callable[[Tensor], Tensor] | None = None,
         columns: Sequence[str] = (),
         clip: float | None = None,
+        keeps_noise: bool = False,
+        unit_start: bool = False,
+        unit_end: bool = False,
+        most_steps: int = 1_000,
         frozen_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.denoiser: Any = denoiser
-        self.shape, self.levels, self._null = tuple(shape), levels, null
+        self.shape, self._levels, self._null = tuple(shape), levels, null
+        self._most_steps = most_steps
         self.columns, self.frozen_dtype = tuple(columns), frozen_dtype
-        self.clip = clip
+        self.clip, self.keeps_noise = clip, keeps_noise
+        self._unit_start, self._unit_end = unit_start, unit_end
+        self._prediction: Prediction = getattr(denoiser, "prediction", "epsilon")
         self._encode, self._decode, self._invert = encode, decode, invert
 
     @property
@@ -136,20 +152,54 @@ class DiffusionModel(TrainedState):
         twin.denoiser = copy.deepcopy(self.denoiser)
         return twin
 
-    def noise_levels(self, count: int) -> Float[Tensor, "b"]:
-        """Noise levels to learn at: uniformly from those that the model was trained at where it has a
-        table of them, else from a thousand levels between its first and its last.
+    def levels(self, steps: int) -> Float[Tensor, "k"]:
+        """Noise levels of drawing in so many steps, and the last one below them, falling.
+
+        Raises:
+            UserError: the model cannot be drawn from in so many steps.
+        """
+        if not isinstance(self._levels, Tensor):
+            told = f"in [1, {self._most_steps}], the most that this model takes"
+            require("draw_steps", steps, 1 <= steps <= self._most_steps, told)
+            return self._levels(steps)
+        own = len(self._levels) - 1
+        require("draw_steps", steps, steps == own, f"{own}, the steps that this model takes")
+        return self._levels
+
+    def levels_up_to(self, steps: int) -> Float[Tensor, "k"]:
+        """The same in at most so many steps, for what does not depend on how samples are drawn."""
+        if not isinstance(self._levels, Tensor):
+            return self.levels(min(steps, self._most_steps))
+        places = torch.linspace(0, len(self._levels) - 1, min(steps + 1, len(self._levels)))
+        return self._levels[places.round().long()]
+
+    def training_levels(self) -> Float[Tensor, "t"]:
+        """Noise levels to learn at: those that the model was trained at where it has a table of them,
+        else up to a thousand between its first and its last.
         """
         table = getattr(self.denoiser, "sigmas", None)
         if table is None:
-            levels = self.levels(1000)
-            table = levels[levels > 0]
+            table = self.levels_up_to(1_000)
+        return table[table > 0]
+
+    def noise_levels(self, count: int) -> Float[Tensor, "b"]:
+        """Uniformly drawn from `training_levels`."""
+        table = self.training_levels()
         place = torch.randint(len(table), (count,), device=self.device)
         return table.to(self.device)[place].float()
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> Condition:
         """The condition of rows of data, one sample each, where the weights are."""
         return None if self._encode is None else placed(self._encode(rows), self.device)
+
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Look through all rows of data, where the model's `encode` has a `check` that does.
+
+        Raises:
+            UserError: a row, which it names, says nothing that the model can be told.
+        """
+        if (check := getattr(self._encode, "check", None)) is not None:
+            check(rows)
 
     def decode(self, x0: Float[Tensor, "b *d"]) -> Float[Tensor, "b *s"]:
         """What is shown and judged."""
@@ -166,15 +216,32 @@ class DiffusionModel(TrainedState):
         Raises:
             UserError: the model has no null condition.
         """
-        found, null = self.denoiser, self.null
-        if scale != 1:
-            if null is None:
-                raise UserError(
-                    "this model was trained without a null condition, so guidance has nothing to "
-                    "compare with: use a guidance scale of 1"
-                )
-            found = classifier_free(found, null, scale)
+        found = self._unclipped(scale)
         return found if self.clip is None else clipped(found, self.clip)
+
+    def _unclipped(self, scale: float) -> Denoiser:
+        null = self.null
+        if scale == 1:
+            return self.denoiser
+        if null is None:
+            raise UserError(
+                f"scale must be 1, which is no guidance, got {scale:g}: this model was trained without "
+                "a null condition, so guidance has nothing to compare with (--method.scale 1, or a "
+                "model with a null condition; of a UNet2DModel, say which class stands for none: "
+                "--model.kwargs null_class 10)"
+            )
+        return classifier_free(self.denoiser, null, scale)
+
+    def start(self, levels: Float[Tensor, "k"]) -> float:
+        """Standard deviation of x where a chain begins."""
+        return 1 / self._input_scale(levels[0]) if self._unit_start else float(levels[0])
+
+    def end(self, levels: Float[Tensor, "k"]) -> float:
+        """What x is multiplied by where a chain has ended, to be a sample; 1 at noise level 0."""
+        return self._input_scale(levels[-1]) if self._unit_end else 1.0
+
+    def _input_scale(self, sigma: Tensor) -> float:
+        return float(input_scale(self._prediction, sigma))
 
     @torch.no_grad()
     def draw(
@@ -188,17 +255,21 @@ class DiffusionModel(TrainedState):
         eta: float = 0.0,
     ) -> Float[Tensor, "b *d"]:
         """Samples, not yet decoded; each depends on its condition, its seed and the weights alone."""
-        sigmas = self.levels(steps)
+        levels = self.levels(steps)
         start, noise = seeded_noise(seeds, self.shape, self.device)
-        return solve(
-            self.guided(scale),
-            start * float(sigmas[0]),
-            sigmas,
+        keeps = self.keeps_noise and solver == "ddim" and eta == 0
+        x = solve(
+            self._unclipped(scale) if keeps else self.guided(scale),
+            start * self.start(levels),
+            levels,
             condition,
             solver=solver,
             eta=eta,
             noise=noise,
+            clip=self.clip if keeps else None,
+            keeps_noise=keeps,
         )
+        return x * self.end(levels)
 
 
 class _AdaptersOff(nn.Module):
@@ -239,4 +310,6 @@ class ImageSpec:
     """What a method of diffusion models is made for."""
 
     model: DiffusionModel
+    of_sets: bool = False
+    """Whether its reward judges sets of samples."""
     num_agents: int = 1

@@ -206,6 +206,21 @@ def score_of(
     return (denoised - x) / over(sigma, x).square()
 
 
+def guided_estimate(
+    conditional: Float[Tensor, "b *d"],
+    unconditional: Float[Tensor, "b *d"],
+    scale: float | Float[Tensor, ""],
+) -> Float[Tensor, "b *d"]:
+    """Classifier-free guidance of estimates (or of eps, which is linear in them): u + s (c - u).
+
+    s = 1 is the conditional one, s = 0 the other; papers that write (1 + w) c - w u mean s = 1 + w.
+
+    Source: Ho and Salimans 2022 (arXiv 2207.12598), eq. 6, in the convention of Imagen and diffusers.
+    Gradient: to both.
+    """
+    return unconditional + scale * (conditional - unconditional)
+
+
 def edm_scalings(
     sigma: Float[Tensor, "*s"], sigma_data: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

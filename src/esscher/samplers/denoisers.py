@@ -5,7 +5,7 @@ functional/diffusion.py. A condition is a tensor or several by name, one row a s
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,12 +15,14 @@ from esscher.errors import UserError, require
 from esscher.functional.diffusion import (
     Prediction,
     denoised_of,
+    guided_estimate,
     input_scale,
     over,
     sigma_of_alpha_bar,
 )
 
 Condition = Tensor | Mapping[str, Tensor] | None
+Between = Literal["linear", "log", "nearest", "below"]
 
 
 @runtime_checkable
@@ -39,6 +41,8 @@ class Discrete(nn.Module):
         network: (z "b *d", t "b", condition) -> output "b *d".
         alpha_bars: of every training step, falling.
         prediction: what the output is.
+        between: what step a level between two of training is told as: by its place between them,
+            linear in sigma or in log sigma, or the step nearest to, or below, the latter.
 
     Raises:
         UserError: alpha_bars do not fall, or the last one is 0 (no signal at all: such a level has no
@@ -50,9 +54,11 @@ class Discrete(nn.Module):
         network: Callable[[Tensor, Tensor, Condition], Tensor],
         alpha_bars: Float[Tensor, "t"],
         prediction: Prediction,
+        between: Between = "linear",
     ):
         super().__init__()
         self.network = network
+        self.between: Between = between
         self.prediction: Prediction = prediction
         if not bool((alpha_bars[1:] < alpha_bars[:-1]).all()):
             raise UserError("alpha_bars must fall from one training step to the next")
@@ -67,11 +73,16 @@ class Discrete(nn.Module):
     """Noise level of each training step, rising."""
 
     def timestep(self, sigma: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
-        """The training step of a noise level, between two of them by linear interpolation."""
-        level = sigma.to(self.sigmas)
-        above = torch.searchsorted(self.sigmas, level).clamp(1, len(self.sigmas) - 1)
-        low, high = self.sigmas[above - 1], self.sigmas[above]
-        return (above - 1 + (level - low) / (high - low)).clamp(0, len(self.sigmas) - 1).float()
+        """The training step of a noise level; see `between`."""
+        table, level, most = self.sigmas, sigma.to(self.sigmas), len(self.sigmas) - 1
+        if most == 0:
+            return torch.zeros_like(sigma, dtype=torch.float32)
+        above = torch.searchsorted(table, level).clamp(1, most)
+        low, high = table[above - 1], table[above]
+        if self.between != "linear":
+            low, level, high = low.log(), level.log(), high.log()
+        step = (above - 1 + (level - low) / (high - low)).clamp(0, most)
+        return whole_steps(step, self.between).float()
 
     def forward(
         self, x: Float[Tensor, "b *d"], sigma: Float[Tensor, "b"], condition: Condition = None
@@ -79,6 +90,14 @@ class Discrete(nn.Module):
         z = x * over(input_scale(self.prediction, sigma), x)
         output = self.network(z, self.timestep(sigma), condition)
         return denoised_of(self.prediction, output, x, sigma)
+
+
+def whole_steps(step: Float[Tensor, "b"], between: Between) -> Float[Tensor, "b"]:
+    """Steps of training, which may lie between two, as a network is told them."""
+    if between == "nearest":
+        return step.round()
+    # What is whole but for rounding stays.
+    return (step + 1e-4).floor() if between == "below" else step
 
 
 class Counted:
@@ -158,7 +177,7 @@ def classifier_free(denoiser: Denoiser, null: Condition, scale: float) -> Denois
         without = expanded(null, len(x))
         together = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both(condition, without))
         conditional, unconditional = together.chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        return guided_estimate(conditional, unconditional, scale)
 
     return guided
 

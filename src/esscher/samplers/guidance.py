@@ -21,14 +21,14 @@ Source: Castillo et al. 2023, Adaptive Guidance (arXiv 2312.12487).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from esscher.errors import UserError, require
-from esscher.functional.diffusion import eps_of, over
+from esscher.functional.diffusion import eps_of, guided_estimate, over
 from esscher.samplers.denoisers import (
     Condition,
     Denoiser,
@@ -250,6 +250,7 @@ def adaptive_solve(
     eta: float = 0.0,
     noise: Noise | None = None,
     clip: float | None = None,
+    keeps_noise: bool = False,
     policy: Policy | None = None,
     linear: LinearGuidance | None = None,
 ) -> Guided:
@@ -261,7 +262,8 @@ def adaptive_solve(
 
     A cosine is known only where both were asked for, so it is at "guided" steps that samples leave.
     Near pure noise both answers are the noise and the cosine starts high, hence min_guided_steps (see
-    `least_guided`). Thresholds do not carry over from one model to another.
+    `least_guided`), and where that is None nobody leaves whose cosine has not been below the threshold
+    first. Thresholds do not carry over from one model to another.
 
     Args:
         x: noise to begin with, of standard deviation sigmas[0].
@@ -269,12 +271,13 @@ def adaptive_solve(
         scale: s of "guided" and "linear" steps; not 1.
         threshold: in (-1, 1]; None: no sample leaves the policy. The paper's is 0.991.
         min_guided_steps: no sample leaves before it has made so many steps of the policy, in [0, k];
-            None: a quarter of all, rounded up, and never at a level without signal.
+            None: a quarter of all, rounded up, never at a level without signal, and only once its
+            cosine has been below the threshold.
         guided_at_crossing: whether a step is guided still at which the cosine reaches the threshold:
             both answers are paid for by then.
         solver: ddim, euler or dpmpp_2m.
         eta, noise: as in `solve`.
-        clip: as in `Stepper`, of the estimate that a step is made by.
+        clip, keeps_noise: as in `Stepper`, of the estimate that a step is made by.
         policy: one entry a step; None: `linear_guidance` if `linear` is given, or else `full`.
         linear: estimates the unconditional eps of "linear" steps; fitted for these settings.
 
@@ -291,10 +294,11 @@ def adaptive_solve(
     if threshold is not None:
         require("threshold", threshold, -1 < threshold <= 1, "in (-1, 1], or None")
     least = least_guided(levels, min_guided_steps, threshold, guided_at_crossing)
-    stepper = Stepper(solver, eta=eta, noise=noise, clip=clip)
+    options: Any = {"clip": clip, "keeps_noise": keeps_noise, "steps": len(levels) - 1}
+    stepper = Stepper(solver, eta=eta, noise=noise, **options)
     if policy is None:
         policy = full(steps) if linear is None else linear_guidance(steps)
-    _check_condition(condition)
+    _check_condition(condition, len(x))
     without = expanded(null, len(x))
     if linear is not None:
         if eta > 0:
@@ -310,6 +314,7 @@ def adaptive_solve(
     history_u: list[Tensor] = []
     everybody = torch.ones(len(x), dtype=torch.bool, device=x.device)
     guiding, evaluations = everybody, torch.zeros_like(everybody, dtype=torch.long)
+    may_leave = everybody if min_guided_steps is not None else ~everybody
     trace, was_guided = [], []
     for place, (sigma, following) in enumerate(level_pairs(levels, x)):
         step, level = policy[place], sigma.expand(len(x))
@@ -333,12 +338,14 @@ def adaptive_solve(
 
         made = place + 1 if guided_at_crossing else place
         leaves = compared & (gamma >= (torch.inf if threshold is None else threshold))
-        leaves = leaves & (made >= least)
+        leaves = leaves & may_leave & (made >= least)
+        if threshold is not None:
+            may_leave = may_leave | (compared & (gamma < threshold))
         use = guiding & (step != "conditional")
         if not guided_at_crossing:
             use = use & ~leaves
         strength = (0.0 if alone else scale) if isinstance(step, str) else step
-        with_guidance = unconditional + strength * (conditional - unconditional)
+        with_guidance = guided_estimate(conditional, unconditional, strength)
         denoised = torch.where(over(use, x), with_guidance, conditional)
         guiding = guiding & ~leaves
         trace.append(gamma)
@@ -363,6 +370,7 @@ def fit_linear(
     scale: float,
     solver: Solver = "ddim",
     clip: float | None = None,
+    keeps_noise: bool = False,
     intercept: bool = False,
     batch_size: int | None = None,
 ) -> LinearGuidance:
@@ -378,7 +386,7 @@ def fit_linear(
         null: one row.
         scale: s; not 1.
         solver: ddim, euler or dpmpp_2m.
-        clip: as in `Stepper`.
+        clip, keeps_noise: as in `Stepper`.
         intercept: whether a constant is fitted at each step. The paper's formula has none.
         batch_size: paths at once; None: all.
 
@@ -392,7 +400,7 @@ def fit_linear(
     levels = checked_sigmas(sigmas)
     steps = len(levels) - 1
     _check_scale("scale", scale)
-    _check_condition(condition)
+    _check_condition(condition, len(x))
     if _count(null) != 1:
         raise UserError(
             f"linear guidance is fitted to one null condition, got {_count(null)} rows: give one row"
@@ -405,7 +413,7 @@ def fit_linear(
     factor = torch.zeros(0, columns, dtype=torch.float64)
     for start in range(0, len(x), size):
         rows = slice(start, start + size)
-        stepper = Stepper(solver, clip=clip)
+        stepper = Stepper(solver, clip=clip, keeps_noise=keeps_noise, steps=len(levels) - 1)
         path = _path(denoiser, x[rows], levels, rows_of(condition, rows), null, scale, stepper)
         if intercept:
             path = torch.cat([torch.ones(len(path), 1, dtype=path.dtype), path], 1)
@@ -455,7 +463,7 @@ def _path(
         asked = _ask(denoiser, x, level, condition, without, everybody, everybody)
         columns += [eps_of(x, answer, level).flatten().cpu().double() for answer in asked]
         conditional, unconditional = asked
-        guided = unconditional + scale * (conditional - unconditional)
+        guided = guided_estimate(conditional, unconditional, scale)
         x = stepper.update(x, guided, sigma, following)
     return torch.stack(columns, 1)
 
@@ -511,7 +519,7 @@ def search_policy(
     require("sparsity", sparsity, 0 <= sparsity < float("inf"), ">= 0")
     require("iterations", iterations, iterations >= 1, ">= 1")
     require("learning_rate", learning_rate, 0 < learning_rate < float("inf"), "> 0")
-    _check_condition(condition)
+    _check_condition(condition, len(x))
     Stepper(solver)  # refuses what it cannot do before work starts
     measure = _mean_squared_error if distance is None else distance
     without = expanded(null, len(x))
@@ -529,13 +537,13 @@ def search_policy(
     distances, expected = [], []
     for _ in range(iterations):
         weight = logits.softmax(-1)
-        stepper, now = Stepper(solver), x
+        stepper, now = Stepper(solver, steps=len(levels) - 1), x
         for scale_now, (sigma, following) in zip(
             weight @ strength, level_pairs(levels, x), strict=True
         ):
             level = sigma.expand(len(x))
             c, u = _ask(denoiser, now, level, condition, without, everybody, everybody)
-            now = stepper.update(now, u + scale_now * (c - u), sigma, following)
+            now = stepper.update(now, guided_estimate(c, u, scale_now), sigma, following)
         apart, asked = measure(now, wanted).mean(), (weight @ cost).sum()
         (logits.grad,) = torch.autograd.grad(apart + sparsity * asked, [logits])
         optimiser.step()
@@ -594,9 +602,12 @@ def _check_scale(name: str, scale: float) -> None:
         )
 
 
-def _check_condition(condition: Condition) -> None:
+def _check_condition(condition: Condition, count: int) -> None:
     if condition is None:
         raise UserError("guidance needs a condition to guide towards, got None")
+    require("x", count, count >= 1, "at least one row")
+    rows = _count(condition)
+    require("the rows of the condition", rows, rows == count, f"{count}, those of x")
 
 
 def _check_policy(policy: Policy, steps: int, linear: LinearGuidance | None) -> None:

@@ -202,6 +202,8 @@ def best_of_n(
     condition: Condition = None,
     eta: float = 1.0,
     batch: int | None = None,
+    start: float | None = None,
+    end: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> Particles:
     """Samples of the model, to take the best of; weighted by exp(r) / count for whoever wants them so.
@@ -221,6 +223,8 @@ def best_of_n(
         condition=condition,
         eta=eta,
         batch=batch,
+        start=start,
+        end=end,
         device=device,
     )
 
@@ -238,6 +242,8 @@ def steer(
     condition: Condition = None,
     eta: float = 1.0,
     batch: int | None = None,
+    start: float | None = None,
+    end: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> Particles:
     """Sequential Monte Carlo along the reverse chain, `count` evaluations a step.
@@ -256,6 +262,8 @@ def steer(
         condition: one row, of all particles; None: none.
         eta: share of the ancestral noise, in (0, 1].
         batch: rows that the denoiser and the reward are asked about at a time; None: all.
+        start: standard deviation of x to begin with; None: sigmas[0].
+        end: what x is multiplied by at the last level, to be a sample; see `DiffusionModel`.
         device: of the particles.
 
     Source: Singhal et al. 2025, FK steering (arXiv 2501.06848); Wu et al. 2023, TDS.
@@ -276,7 +284,7 @@ def steer(
     def normal() -> Tensor:
         return torch.randn((count, *shape), generator=generator).to(device)
 
-    x = normal() * float(levels[0])
+    x = normal() * (float(levels[0]) if start is None else start)
     zero = torch.zeros(count, dtype=torch.float64, device=x.device)
     log_weight, log_normaliser = zero, 0.0
     before = zero
@@ -313,6 +321,7 @@ def steer(
         if shift is not None:
             logp, logq = (gaussian_log_prob(x, m, std, "sum").double() for m in (mean, centre))
             log_weight = log_weight + log_increment(logp, logq, zero, zero, lam)
+    x = x * end
     final = torch.cat([judge(reward, part) for part in x.split(batch or count)]).to(x.device)
     gained = lam * final.double()
     taken_back = lam * before if settings.potential == "diff" else owed

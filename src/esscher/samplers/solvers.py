@@ -5,7 +5,7 @@ depends on its own noise alone and not on the batch around it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,8 @@ from esscher.types import Chain
 Solver = Literal["ddim", "euler", "heun", "dpmpp_2m"]
 Noise = Callable[[int], Tensor]
 """Step, counted from 0 -> standard normal noise "b *d" of that step."""
+FEW = 15
+"""Steps of dpmpp_2m from which on its last one is of second order too."""
 
 
 def solve(
@@ -30,6 +32,8 @@ def solve(
     solver: Solver = "ddim",
     eta: float = 0.0,
     noise: Noise | None = None,
+    clip: float | None = None,
+    keeps_noise: bool = False,
 ) -> Float[Tensor, "b *d"]:
     """Samples, from x = x0 + sigmas[0] eps down to the last noise level.
 
@@ -38,17 +42,22 @@ def solve(
 
     Args:
         denoiser: called once a step and sample, where nothing else is said.
-        x: noise to begin with, of standard deviation sigmas[0].
+        x: noise to begin with, of standard deviation sigmas[0], or a little more (see
+            `DiffusionModel`).
         sigmas: noise levels, falling; the last is 0 or what noise is to be left.
         eta: share of the ancestral noise, in [0, 1]; ddim only.
         noise: drawn for each step; needed where eta > 0.
+        clip, keeps_noise: as in `Stepper`; not with heun, whose denoiser is to be `clipped`.
 
     Raises:
         UserError: sigmas do not fall to >= 0, eta without noise, or with another solver.
     """
     levels = checked_sigmas(sigmas)
     _check_eta(solver, eta, noise)
-    stepper = None if solver == "heun" else Stepper(solver, eta=eta, noise=noise)
+    stepper = None
+    if solver != "heun":
+        options: Any = {"clip": clip, "keeps_noise": keeps_noise, "steps": len(levels) - 1}
+        stepper = Stepper(solver, eta=eta, noise=noise, **options)
     for sigma, following in level_pairs(levels, x):
         level = sigma.expand(len(x))
         denoised = denoiser(x, level, condition)
@@ -74,6 +83,11 @@ class Stepper:
         eta: share of the ancestral noise, in [0, 1]; ddim only.
         noise: drawn for each step; needed where eta > 0.
         clip: bound of a clean sample's components, to which estimates are clipped; None: there is none.
+        keeps_noise: whether ddim without noise of its own takes the noise that the estimate implied
+            before it was clipped, as DDIM in diffusers does; else what follows from the clipped one,
+            as in DDPM.
+        steps: of the path; of fewer than 15 the last of dpmpp_2m is of first order, as in diffusers
+            (lower_order_final). None: it need not know.
 
     Raises:
         UserError: heun, which asks twice a step; eta without noise, or with another solver.
@@ -86,6 +100,8 @@ class Stepper:
         eta: float = 0.0,
         noise: Noise | None = None,
         clip: float | None = None,
+        keeps_noise: bool = False,
+        steps: int | None = None,
     ):
         _check_eta(solver, eta, noise)
         if solver not in ("ddim", "euler", "dpmpp_2m"):
@@ -93,6 +109,8 @@ class Stepper:
                 f"the solver must ask the denoiser once a step: ddim, euler or dpmpp_2m, got {solver}"
             )
         self.solver, self.eta, self.noise, self.clip = solver, eta, noise, clip
+        self._keeps_noise = keeps_noise and solver == "ddim" and eta == 0
+        self._last = steps - 1 if steps is not None and steps < FEW else None
         self.steps_done = 0
         self._before: tuple[Tensor, Tensor] | None = None
 
@@ -105,6 +123,7 @@ class Stepper:
     ) -> Float[Tensor, "b *d"]:
         """What x is at the next noise level, from the denoised estimate at this one."""
         step, self.steps_done = self.steps_done, self.steps_done + 1
+        told = denoised
         if self.clip is not None:
             denoised = denoised.clamp(-self.clip, self.clip)
         before, self._before = self._before, (denoised, sigma)
@@ -115,9 +134,10 @@ class Stepper:
             levels = sigma.expand(len(x)), next_sigma.expand(len(x))
             mean, std = reverse_kernel(x, denoised, *levels, self.eta)
             return mean + over(std, x) * self.noise(step)
-        if self.solver == "dpmpp_2m" and before is not None:
+        if self.solver == "dpmpp_2m" and before is not None and step != self._last:
             return multistep(x, denoised, *before, sigma, next_sigma)
-        return denoised + (next_sigma / sigma) * (x - denoised)
+        noisy = x - (told if self._keeps_noise else denoised)
+        return denoised + (next_sigma / sigma) * noisy
 
 
 def ancestral(

@@ -43,6 +43,8 @@ from esscher.samplers.solvers import checked_sigmas, level_pairs
 
 CHOICE, NOISE = 0, 1
 """What a random number of (seed, iteration, depth) is for."""
+PATIENCE = 100_000
+"""Paths in turn that lead to leaves which are known, after which a tree is taken not to widen."""
 
 
 @runtime_checkable
@@ -83,6 +85,8 @@ class DenoisingProcess:
         condition: one row; None: none.
         calls: evaluations of the network for each row that the denoiser is asked about; 2 under
             classifier-free guidance.
+        start: standard deviation of the prior's draws; None: sigmas[0].
+        end: what x is multiplied by at the last level, to be a sample; see `DiffusionModel`.
         device, dtype: of the states that it makes.
 
     Raises:
@@ -100,6 +104,8 @@ class DenoisingProcess:
         eta: float = 1.0,
         condition: Condition = None,
         calls: int = 1,
+        start: float | None = None,
+        end: float = 1.0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
@@ -117,17 +123,18 @@ class DenoisingProcess:
             f"at most {last} of {steps} steps: a step to noise level 0 is not random",
         )
         self.levels = [float(sigma[k]) for k in (*branch, steps)]
-        self.evaluations = 0
+        self.evaluations, self.path_evaluations = 0, steps * calls
         self._denoiser, self._condition = denoiser, one_row(condition)
         self._shape, self._eta, self._calls = tuple(shape), eta, calls
+        self._start, self._end = float(sigma[0]) if start is None else start, end
         self._device, self._dtype = torch.device(device), dtype
         pairs = list(level_pairs(sigma, torch.empty(0, dtype=dtype, device=self._device)))
         ends = (*branch, steps)
         self._steps = [pairs[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
     def prior(self, seeds: Sequence[int]) -> Float[Tensor, "b *d"]:
-        """Noise of standard deviation sigmas[0]."""
-        return self._noise(seeds, 1)[:, 0] * self.levels[0]
+        """Noise to begin with."""
+        return self._noise(seeds, 1)[:, 0] * self._start
 
     @torch.no_grad()
     def transition(
@@ -143,7 +150,7 @@ class DenoisingProcess:
             mean, std = reverse_kernel(x, denoised, sigma, following, self._eta)
             x = mean + over(std, x) * noise[:, step]
         self.evaluations += len(x) * len(steps) * self._calls
-        return x
+        return x * self._end if level == len(self._steps) - 1 else x
 
     def _noise(self, seeds: Sequence[int], steps: int) -> Float[Tensor, "b k *d"]:
         generator, size = torch.Generator(), (steps, *self._shape)
@@ -240,23 +247,36 @@ class Tree:
         """Take more paths, until there are `iterations` more or `evaluations` in all are reached.
 
         Growing in several calls is the same as in one if each ends at a multiple of the batch. The
-        last batch may exceed the evaluations. Where a reward is refused the tree stays as it was
+        last path may exceed the evaluations. Where a reward is refused the tree stays as it was
         before that batch.
 
-        Raises: UserError if neither bound is given, or only evaluations for a tree that never widens
-            and so may never use them; as `judge` does for rewards.
+        Raises: UserError if neither bound is given or one is below 0, or only evaluations for a tree
+            that does not widen any more and so may never use them; as `judge` does for rewards.
         """
         if iterations is None and evaluations is None:
             raise UserError("growing needs a number of iterations, of evaluations, or both")
         if iterations is None and self.settings.widening_exponent == 0:
             raise UserError("with widening_exponent 0 a tree can be complete: give iterations too")
-        require("iterations", iterations, iterations is None or iterations >= 0, ">= 0")
+        whole = iterations is None or (isinstance(iterations, int) and iterations >= 0)
+        require("iterations", iterations, whole, "a whole number >= 0")
+        require("evaluations", evaluations, evaluations is None or evaluations >= 0, ">= 0")
         end = math.inf if iterations is None else self.iterations + iterations
         budget = math.inf if evaluations is None else evaluations
+        idle = self.iterations
         while self.iterations < end and self.evaluations < budget:
-            # Batches end at multiples of their size, so that stopping at one changes nothing.
+            # Batches end at multiples of their size, so that stopping at one changes nothing; near the
+            # end of a budget they are as small as it is.
             full = self.settings.batch - self.iterations % self.settings.batch
-            self._iterate(int(min(full, end - self.iterations)))
+            before = self.evaluations
+            left = (budget - before) / getattr(self.process, "path_evaluations", 1)
+            self._iterate(int(min(full, max(1, left), end - self.iterations)))
+            idle = self.iterations if self.evaluations > before else idle
+            if iterations is None and self.iterations - idle > PATIENCE:
+                raise UserError(
+                    f"{PATIENCE:,} paths found no room for another child, so that {evaluations:,} "
+                    f"evaluations will not be used: widening_exponent must be larger, got "
+                    f"{self.settings.widening_exponent:g} (or give iterations)"
+                )
 
     def _iterate(self, count: int) -> None:
         """A batch of at most `count`: choose paths, draw what continues them, and tell their rewards
