@@ -55,9 +55,11 @@ class ModelConfig:
     kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Passed to a module:function: --model.kwargs layers 4."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights that stay frozen; trained ones are always held in float32."""
+    """Of weights that stay frozen; trained ones are held in float32, and so are those of a reference
+    beside them, but where runtime.precision is bfloat16."""
     lora_rank: int = 0
-    """Train low-rank adapters of this rank (peft's LoRA) on every linear layer; 0: all weights."""
+    """Train low-rank adapters of this rank (peft's LoRA) on every linear layer of a language model, on
+    the attention of a diffusion model; 0: all weights."""
     lora_alpha: float = 32.0
     """Adapters are scaled by this over their rank, > 0."""
     gradient_checkpointing: bool = False

@@ -63,6 +63,8 @@ class Method(Stateful):
     """Of a language method: what each row of its text holds."""
     rewarded: ClassVar[bool] = False
     """Of a diffusion method: whether it needs a reward."""
+    sets: ClassVar[bool] = False
+    """Of a diffusion method: whether that may be one of whole sets of samples."""
     trains: ClassVar[bool] = True
     """Whether the model is changed; else only how it is drawn from."""
     data: ClassVar[Literal["none", "optional", "required"]] = "none"

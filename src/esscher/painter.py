@@ -34,6 +34,8 @@ class Painter:
         at_once: int = 64,
     ):
         self.model, self._wanted, self._draw, self._at_once = model, wanted, draw, at_once
+        self.told: dict[str, Float[Tensor, "b"]] = {}
+        """What the method said of each image of the last drawing, such as its evaluations."""
 
     def compiled(self) -> "Painter":
         """This, with its network compiled while it first draws, which pays where many are drawn."""
@@ -47,14 +49,15 @@ class Painter:
         """Images "b c h w" in [0, 1] (or whatever the model draws), one a row, on the CPU.
 
         Args:
-            rows: each with what the model draws by, a label or a prompt; or how many of the run's own
-                rows, in turn.
+            rows: each with what the model draws by, a label or a prompt, and so perhaps one of the
+                run's own; or how many of these, in turn.
             seed: an image depends on it, on its own row and its place.
         Raises: UserError: there is nothing to draw.
         """
         own, count = self._wanted, rows if isinstance(rows, int) else len(rows)
         require("rows", count, count >= 1, "at least one row, or a number >= 1")
         shown: list[Tensor] = []
+        told: list[dict[str, Tensor]] = []
         size = math.ceil(count / math.ceil(count / self._at_once))
         for start in range(0, count, size):
             # All batches are of one size, with the last sample again: another would be compiled anew.
@@ -63,7 +66,16 @@ class Painter:
                 asked = own.asked([place % len(own.rows) for place in places])
             else:
                 part = [rows[place] for place in places]
-                asked = Asked(row=[-1] * len(part), rows=part, condition=own.encode(part))
+                numbers = [self._number(row) for row in part]
+                asked = Asked(row=numbers, rows=part, condition=own.encode(part))
             drawn = self._draw(asked, [mix(seed, place) for place in places])
             shown.append(self.model.decode(drawn.x)[: count - start].float().cpu())
+            told.append({name: said[: count - start].cpu() for name, said in drawn.told.items()})
+        self.told = {name: torch.cat([part[name] for part in told]) for name in told[0]}
         return torch.cat(shown)
+
+    def _number(self, row: Mapping[str, Any]) -> int:
+        """Of the run's own row that the model is told the same by, the first; -1: there is none."""
+        columns = self.model.columns
+        alike = (all(row.get(c) == own.get(c) for c in columns) for own in self._wanted.rows)
+        return next((number for number, same in enumerate(alike) if same), -1)

@@ -1,5 +1,6 @@
 """Adaptive guidance as a method: what it saves, counts, fits and keeps."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -49,13 +50,36 @@ SEEDS = list(range(6))
         ({"policy": "interleaved", "guided_steps": 10}, 25),
         ({"threshold": 1.0}, 40),
         ({"threshold": -0.999, "min_guided_steps": 4}, 24),
-        ({"threshold": -0.999}, 25),
+        ({"threshold": -0.999}, 40),  # No cosine is ever below, and so says nothing.
     ],
 )
 def test_evaluations_of_every_policy(options: Any, evaluations: int) -> None:
     told = method(**options).draw(asked(6), SEEDS).told
     assert told["evaluations"].tolist() == [evaluations] * 6
     torch.testing.assert_close(told["evaluations_saved"], torch.full((6,), 1 - evaluations / 40))
+
+
+def test_a_cosine_that_is_never_low_is_spoken_of_and_ends_no_guidance() -> None:
+    learner = method(threshold=0.5, draw_steps=4)
+    found = learner._drawn(asked(6), SEEDS, learner._policy)
+    assert float(found.cosine.min()) > 0.5
+    with pytest.warns(
+        UserWarning, match="never below the threshold 0.5 .at least 0.*keep full guid"
+    ):
+        told, _ = learner.improve(asked(6), None, 1)
+    assert float(told["error"]) == 0 and float(told["evaluations"]) == 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.improve(asked(6), None, 2)  # It is said once.
+    plain = method(threshold=0.5, min_guided_steps=1, draw_steps=4)
+    with pytest.warns(UserWarning, match="samples leave guidance whatever it does"):
+        told, _ = plain.improve(asked(6), None, 1)
+    assert float(told["evaluations"]) == 5
+
+
+def test_a_model_without_a_null_condition_has_no_guidance_to_save_on() -> None:
+    with pytest.raises(UserError, match="needs a model with a null condition, and this one was tr"):
+        method(model=model(null=None))
 
 
 def test_out_of_reach_it_is_guidance_as_it_always_was() -> None:
@@ -138,7 +162,7 @@ def test_rewards_of_both_are_told() -> None:
 
 
 def test_a_model_that_cannot_be_guided_is_refused() -> None:
-    with pytest.raises(UserError, match="without a null condition"):
+    with pytest.raises(UserError, match="this one was trained without"):
         method(model=model(None))
     with pytest.raises(UserError, match="no conditions"):
         method().draw(Asked(row=[0], rows=[{}], condition=None), [0])

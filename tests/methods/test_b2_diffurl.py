@@ -23,10 +23,12 @@ from esscher.methods.diffusion.b2_diffurl import (
     B2DiffuRL,
     Config,
     Paths,
+    _of_chain,
     contrast,
     suffix_length,
 )
 from esscher.runtime.device import Runtime, RuntimeConfig
+from esscher.runtime.diffusion import DiffusionWorld
 from esscher.types import Asked
 
 RUNTIME = RuntimeConfig(device="cpu", threads=1, graph="eager")
@@ -124,6 +126,8 @@ def test_the_suffix_grows_when_the_authors_script_says() -> None:
     }
     assert suffix_length(100, 14, 20, 100) == suffix_length(10_000, 14, 20, 100) == 20
     assert {suffix_length(j, 20, 20, 7) for j in range(9)} == {20}
+    # Fewer stages than lengths: the formula, and the last length from J on.
+    assert [suffix_length(j, 14, 20, 3) for j in range(5)] == [14, 16, 18, 20, 20]
 
 
 @pytest.mark.parametrize(("step", "suffix"), [(1, 2), (2, 2), (3, 3), (5, 4), (9, 4)])
@@ -551,6 +555,56 @@ def test_the_past_is_saved_and_opened_without_rows() -> None:
     other.load_state_dict(state)
     assert torch.equal(other.past, method.past) and other.past.shape == (3, 8, 3)
     assert other.past[1, 0].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_rows_of_one_prompt_are_rated_together() -> None:
+    """1, 3, 11 and 13 of one prompt in two rows have mean 7 and deviation sqrt(104 / 3)."""
+    model = constant()
+    model.columns = ("prompt",)
+    method = method_of(model, rows=2, branches=2, history=1)
+    rows = [{"prompt": "a", "number": 0}, {"prompt": "b"}, {"prompt": "a", "number": 1}]
+    method.experience(Wanted(name="rows", rows=rows, encode=model.encode))
+    assert method._prompt_of == [0, 1, 0] and len(method.past) == 2
+    told = method.advantages(torch.tensor([1.0, 3.0, 11.0, 13.0]), [0, 0], 1)
+    expected = [value / (104 / 3) ** 0.5 for value in (-6, -4, 4, 6)]
+    assert told.tolist() == pytest.approx(expected)
+    # Without columns rows are prompts, and alike where all of them is.
+    model.columns = ()
+    method.experience(Wanted(name="rows", rows=[{}, {"k": 1}, {"k": 1}], encode=model.encode))
+    assert method._prompt_of == [0, 1, 1]
+
+
+def test_every_sample_counts_where_all_are_selected() -> None:
+    model = constant()
+    advantage = torch.tensor([1.0, 0.0, -1.0, 0.0])
+    for algorithm in ("ddpo", "dpok"):
+        method = method_of(model, rows=2, branches=2, selection="all", algorithm=algorithm)
+        assert method.selected(advantage).tolist() == [True] * 4
+        # DPOK's pull needs no reward.
+        assert method.selected(0 * advantage).tolist() == [algorithm == "dpok"] * 4
+
+
+def test_dpok_has_no_gradient_that_is_no_number_however_far_a_ratio_is() -> None:
+    model = constant(2)
+    method = method_of(model, algorithm="dpok", reduction="sum", kl_weight=0.0)
+    paths = Paths(
+        x=torch.zeros(1, 2, 2),
+        condition=None,
+        old_logp=torch.full((1, 1), -200.0),
+        advantage=torch.ones(1),
+    )
+    row = step = torch.zeros(1, dtype=torch.long)
+    terms, outside, _ = method.terms(paths, row, step, torch.tensor([2.0, 1.0]))
+    assert terms.tolist() == pytest.approx([-1.1]) and outside.tolist() == [1]
+    (gradient,) = torch.autograd.grad(terms.sum(), [model.denoiser.estimate])
+    assert gradient.tolist() == [0, 0]
+
+
+def test_the_chain_of_the_proof_begins_as_a_run() -> None:
+    experiment = _of_chain("b2", 50)
+    world = DiffusionWorld(experiment, Runtime(experiment.runtime))
+    B2DiffuRL(experiment.method, world.spec, Runtime(experiment.runtime))
+    assert len(world.spec.model.levels(20)) == 21
 
 
 # ---- drawing

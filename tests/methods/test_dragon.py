@@ -66,7 +66,9 @@ def linear() -> DiffusionModel:
     return DiffusionModel(Linear(), [2], lambda steps: torch.linspace(3, 0.5, steps + 1).double())
 
 
-def method_of(model: DiffusionModel | None = None, **changes: Any) -> DRAGON:
+def method_of(
+    model: DiffusionModel | None = None, *, of_sets: bool = False, **changes: Any
+) -> DRAGON:
     torch.manual_seed(0)
     model = mixture(radius=3.0, std=0.4, width=16, classes=True) if model is None else model
     settings = {
@@ -77,7 +79,8 @@ def method_of(model: DiffusionModel | None = None, **changes: Any) -> DRAGON:
         "learning_rate": 1e-3,
         "weight_decay": 0.0,
     }
-    return DRAGON(Config(**settings | changes), ImageSpec(model=model), Runtime(RUNTIME))
+    spec = ImageSpec(model=model, of_sets=of_sets)
+    return DRAGON(Config(**settings | changes), spec, Runtime(RUNTIME))
 
 
 def asked_of(count: int = 6) -> Asked:
@@ -448,16 +451,24 @@ def test_samples_move_up_the_reward(of_sets: bool, loss: Any, beta: float) -> No
 # ---- what is refused
 
 
-def test_sets_of_one_sample_are_refused() -> None:
-    with pytest.raises(UserError, match="batch_size must be >= 2 with a reward of sets, got 1"):
-        method_of(batch_size=1).improve(asked_of(1), Along(of_sets=True), 1)
+def test_sets_of_one_sample_are_refused_before_work_starts() -> None:
+    with pytest.raises(UserError, match="batch_size must be >= 2 with a reward of sets.* got 1"):
+        method_of(of_sets=True, batch_size=1)
     method_of(batch_size=1).improve(asked_of(1), Along(), 1)
 
 
-def test_halves_of_sets_are_refused() -> None:
-    method = method_of(loss="kto", pairing="unpaired")
+def test_halves_of_sets_are_refused_before_work_starts() -> None:
     with pytest.raises(UserError, match="pairing must be paired with a reward of sets"):
-        method.improve(asked_of(), Along(of_sets=True), 1)
+        method_of(of_sets=True, loss="kto", pairing="unpaired")
+
+
+def test_more_steps_than_the_model_takes_are_refused_before_work_starts() -> None:
+    model = DiffusionModel(Linear(), [2], torch.tensor([3.0, 1.0, 0.0]))
+    with pytest.raises(
+        UserError, match="draw_steps must be 2, the steps that this model takes, got"
+    ):
+        method_of(model, draw_steps=4)
+    method_of(model, draw_steps=2)
 
 
 def test_dpo_without_pairs_is_refused() -> None:
@@ -467,7 +478,7 @@ def test_dpo_without_pairs_is_refused() -> None:
 
 
 def test_guidance_of_a_model_without_conditions_is_refused() -> None:
-    with pytest.raises(UserError, match="guidance scale of 1"):
+    with pytest.raises(UserError, match="scale must be 1, which is no guidance, got"):
         method_of(mixture(), scale=2.0)
 
 

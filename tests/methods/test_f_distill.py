@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from esscher.adapters.diffusers import load_diffusion, save_diffusion
 from esscher.datasets import ring
 from esscher.distributions.diffusion import DiffusionModel, ImageSpec
 from esscher.errors import UserError
@@ -379,8 +381,6 @@ def test_the_gan_reaches_the_student_through_the_frozen_features() -> None:
 
 
 def test_a_transformer_is_read_in_its_middle() -> None:
-    from esscher.runtime.diffusion import load_diffusion
-
     source = ModelConfig(source="esscher.images:tiny_dit", kwargs={"size": 4, "width": 16})
     method = method_of(load_diffusion(source, torch.device("cpu")), student_update_every=2)
     assert method.discriminator.last.in_features == 8
@@ -408,6 +408,58 @@ def test_drawing_is_one_evaluation_at_the_first_level() -> None:
     assert calls == [(2, 2.0)] * 2
     assert torch.equal(one[0], two[0]) and not torch.equal(one[1], two[1])
     assert method_of(first_sigma=0.0)._first_sigma == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize("first_sigma", [0.0, 10.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@torch.no_grad()
+def test_the_pipeline_that_is_saved_draws_in_one_step(
+    tmp_path: Path, first_sigma: float, prediction: str
+) -> None:
+    """Images of diffusers by one step are those of the method, from the same noise."""
+    diffusers: Any = pytest.importorskip("diffusers")
+    kwargs: dict[str, Any] = {"size": 8, "channels": 1, "width": 8, "prediction": prediction}
+    source = ModelConfig(source="esscher.images:tiny_unet", kwargs=kwargs)
+    model = load_diffusion(source, torch.device("cpu"))
+    method = method_of(model, first_sigma=first_sigma)
+    drawn = method.draw(Asked(row=[0, 0], rows=[{}, {}], condition=None), [3, 4]).x
+    ours = method.policy.decode(drawn)
+    save_diffusion(method.policy, tmp_path / "model")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    options = {"num_inference_steps": 1, "output_type": "pt", "generator": generator}
+    theirs = pipeline(batch_size=2, **options).images
+    torch.testing.assert_close(ours, torch.as_tensor(theirs), rtol=0, atol=1e-4)
+    assert ours.std() > 0.05
+    # And those of one step of the folder that is read again.
+    again = load_diffusion(ModelConfig(source=str(tmp_path / "model")), torch.device("cpu"))
+    torch.testing.assert_close(again.draw(None, [3, 4], steps=1), drawn, rtol=1e-4, atol=1e-4)
+    assert again.levels(1).tolist() == pytest.approx([method._first_sigma, 0.0])
+
+
+def test_the_one_step_begins_at_a_level_of_the_model() -> None:
+    with pytest.raises(
+        UserError, match=r"first_sigma must be 0 or in \[.*, 20\], the noise levels"
+    ):
+        method_of(first_sigma=21.0)
+    kwargs: dict[str, Any] = {"size": 8, "channels": 1, "width": 8, "prediction": "flow"}
+    flow = ModelConfig(source="esscher.images:tiny_unet", kwargs=kwargs)
+    model = load_diffusion(flow, torch.device("cpu"))
+    with pytest.raises(UserError, match="first_sigma must be 0 for a flow"):
+        method_of(model, first_sigma=3.0)
+    method_of(model, first_sigma=0.0)
+
+
+def test_a_flow_is_weighted_and_cut_into_bins_as_one() -> None:
+    kwargs: dict[str, Any] = {"size": 8, "channels": 1, "width": 8, "prediction": "flow"}
+    source = ModelConfig(source="esscher.images:tiny_unet", kwargs=kwargs)
+    model = load_diffusion(source, torch.device("cpu"))
+    method = method_of(model, first_sigma=0.0, bins="time", num_bins=2)
+    assert method._weighting == "flow_prediction"
+    # t = sigma / (1 + sigma), in thousandths.
+    sigma = torch.tensor([0.25, 1.0, 4.0])
+    torch.testing.assert_close(method._place(sigma), torch.tensor([200.0, 500.0, 800.0]))
 
 
 # ---- what is refused
@@ -458,13 +510,30 @@ def test_models_without_what_is_needed_are_refused() -> None:
     assert plain.update(batch_of(8, 1, 4, 4), 1)["fake_loss"].isfinite()
     with pytest.raises(UserError, match="has none"):
         method_of(DiffusionModel(lambda x, s, c=None: x, (2,), levels))
-    with pytest.raises(UserError, match="guidance"):
+    with pytest.raises(UserError, match="scale must be 1, which is no guidance"):
         method_of(mixture(**RING), scale=2.0)
 
 
-def test_adapters_are_refused() -> None:
-    from esscher.runtime.diffusion import load_diffusion
+class Uncalled(Pictures):
+    """A middle whose inner layer is called in its place."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid_block = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1))
+
+    def forward(self, x: Any, sigma: Any, condition: Any = None) -> Any:
+        return self.mid_block[0](x)
+
+
+def test_a_middle_that_is_not_called_is_refused() -> None:
+    model = DiffusionModel(Uncalled(), (1, 4, 4), mixture(**RING).levels)
+    with pytest.raises(
+        UserError, match="middle block .Sequential. returns, and .* does not call it"
+    ):
+        method_of(model)
+
+
+def test_adapters_are_refused() -> None:
     smoke = recipes("f_distill")["smoke"]().stages[-1].model
     model = load_diffusion(replace(smoke, lora_rank=2), torch.device("cpu"))
     with pytest.raises(UserError, match="lora_rank 0"):

@@ -66,10 +66,40 @@ class Fixed:
         return Drawn(x=x, told={"worth": x[:, 0], "cost": 2 * x[:, 0]})
 
 
-def world_of(reward: str | None = None, episodes: int = 6) -> DiffusionWorld:
+def function(x: Any, sigma: Any, condition: Any = None) -> torch.Tensor:
+    return 0 * x
+
+
+function.shape = (2,)  # type: ignore[attr-defined]
+
+
+def function_alone() -> Any:
+    return function
+
+
+class Wavers(torch.nn.Module):
+    """A denoiser that answers otherwise each time while it is in training mode."""
+
+    shape = (2,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, x: Any, sigma: Any, condition: Any = None) -> torch.Tensor:
+        return self.dropout(self.weight * x / (1 + sigma.square()).unsqueeze(-1))
+
+
+def world_of(
+    reward: str | None = None,
+    episodes: int = 6,
+    slug: str = "adaptive_guidance",
+    model: str = "gaussian",
+) -> DiffusionWorld:
     experiment = esscher.Experiment.of(
-        "adaptive_guidance",
-        model=ModelConfig(source=f"{__name__}:gaussian"),
+        slug,
+        model=ModelConfig(source=f"{__name__}:{model}"),
         image=ImageConfig(reward=reward, at_once=4),
         steps=1,
         evaluation=EvaluationConfig(episodes=episodes),
@@ -86,10 +116,47 @@ def test_samples_are_worth_their_reward_or_the_first_thing_told() -> None:
     world = world_of()
     again = world.evaluate(Fixed(world.spec.model, 0.0), 0)
     assert again.measure == "worth" and again.returns == found.returns
-    world = world_of(f"{__name__}:SecondMoment")
+    world = world_of(f"{__name__}:SecondMoment", slug="dragon")
+    assert world.spec.of_sets
     whole = world.evaluate(Fixed(world.spec.model, 0.0), 0)
     expected = sum(value**2 + 1 for value in found.returns) / 6
     assert whole.returns == pytest.approx([expected])
+
+
+def test_what_cannot_work_is_said_before_work_starts() -> None:
+    sets = f"{__name__}:SecondMoment"
+    with pytest.raises(UserError, match="judges sets of samples, and here each .* use dragon"):
+        world_of(sets, slug="b2_diffurl")
+    with pytest.raises(UserError, match="evaluation.episodes must be >= 2, the set .*, got 1"):
+        world_of(sets, slug="dragon", episodes=1)
+    with pytest.raises(
+        UserError, match="function_alone has none: give one whose denoiser is a mod"
+    ):
+        world_of(f"{__name__}:first_component", slug="dragon", model="function_alone")
+    world_of(model="function_alone")  # To draw from it, it needs none.
+
+
+def test_denoisers_never_drop_out() -> None:
+    """Neither in drawing nor in training: a sample depends on its seed and the weights alone."""
+    model = world_of(model="Wavers").spec.model
+    x, sigma = torch.ones(3, 2), torch.zeros(3)
+    torch.testing.assert_close(model.denoiser(x, sigma), x)
+    torch.testing.assert_close(model.frozen().denoiser(x, sigma), x)
+
+
+def test_a_reference_is_as_exact_as_the_run() -> None:
+    """With --model.dtype bfloat16 too: 1 + 2^-9 is not among its numbers."""
+    for precision, expected in (("float32", 1 + 2**-9), ("bfloat16", 1.0)):
+        experiment = esscher.Experiment.of(
+            "dragon",
+            model=ModelConfig(source="esscher.images:tiny_unet", dtype="bfloat16"),
+            image=ImageConfig(reward=f"{__name__}:first_component"),
+            steps=1,
+        )
+        config = replace(RUNTIME, precision=precision)
+        model = DiffusionWorld(experiment, Runtime(config)).spec.model
+        next(model.parameters()).data.fill_(1 + 2**-9)
+        assert float(next(model.frozen().parameters()).flatten()[0]) == expected
 
 
 def test_the_distance_to_the_model_of_before_in_closed_form() -> None:

@@ -233,7 +233,11 @@ def _draw(folder: Path, options: Any) -> int:
     with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
         drawn = painter.draw(rows or options.count or 16, seed=options.seed)
     write_samples(drawn, out)
-    print(f"drawn: {out} ({counted(len(drawn), 'sample')})")
+    told = [
+        f"{name.replace('_', ' ')} {float(said.double().mean()):.4g}"
+        for name, said in painter.told.items()
+    ]
+    print(f"drawn: {out} ({', '.join([counted(len(drawn), 'sample'), *told])})")
     return 0
 
 

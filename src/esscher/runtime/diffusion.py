@@ -16,7 +16,7 @@ from esscher.adapters.pretrained import digest_of
 from esscher.adapters.real_samples import read_samples
 from esscher.adapters.text import read_rows
 from esscher.distributions.diffusion import DiffusionModel, ImageSpec
-from esscher.errors import UserError
+from esscher.errors import UserError, require
 from esscher.experience.conditions import RealSamples, Wanted
 from esscher.experiment import Experiment
 from esscher.functional.diffusion import reverse_kl_terms
@@ -36,7 +36,7 @@ from esscher.samplers.solvers import level_pairs, seeded_noise
 from esscher.types import Asked, Drawn
 
 DISTANCE_STEPS = 20
-"""Of the chain along which the distance to the model of before is measured."""
+"""Most, of the chain along which the distance to the model of before is measured."""
 
 
 class DiffusionWorld:
@@ -55,16 +55,16 @@ class DiffusionWorld:
         self.stage, self.method_class = experiment.stages[-1], load_method(experiment.slug)
         self.kind = self.method_class.loop
         model = self._as_it_began(runtime.device)
+        if self.method_class.trains and not model.trained:
+            raise UserError(
+                f"{experiment.slug} trains the model's weights, and model {self.stage.model.source} "
+                "has none: give one whose denoiser is a module of torch with parameters"
+            )
+        if runtime.config.precision == "float32":
+            model.frozen_dtype = torch.float32  # A reference is the model that training began with.
         if runtime.config.graph == "compile":
             model.compiled(final=not self.method_class.trains)
         self.digest = digest_of(model)
-        self.spec = ImageSpec(model=model)
-        self.real: RealSamples | None = None
-        if self.kind == "offline":
-            self.real = self._real_samples()
-            self.wanted = self.real.wanted
-        else:
-            self.wanted = self._wanted()
         config = self.stage.image
         self.reward: ImageReward | None = None
         if config.reward is not None:
@@ -72,9 +72,27 @@ class DiffusionWorld:
         self.judge: ImageReward | None = None
         if config.judge is not None:
             self.judge = ImageReward(config.judge, config.judge_kwargs, model.decode)
-        if self.reward is None and self.method_class.rewarded:
-            raise UserError(f"{experiment.slug} needs a reward: give --reward module:function")
+        self._check_rewards()
+        of_sets = self.reward is not None and self.reward.of_sets
+        self.spec = ImageSpec(model=model, of_sets=of_sets)
+        self.real: RealSamples | None = None
+        if self.kind == "offline":
+            self.real = self._real_samples()
+            self.wanted = self.real.wanted
+        else:
+            self.wanted = self._wanted()
         self._shown: Tensor | None = None
+
+    def _check_rewards(self) -> None:
+        if self.reward is None and self.method_class.rewarded:
+            raise UserError(f"{self.experiment.slug} needs a reward: give --reward module:function")
+        if self.reward is not None and self.kind == "draw" and not self.method_class.sets:
+            self.reward.require_samples()
+        episodes = self.experiment.evaluation.episodes
+        for judging in (self.reward, self.judge):
+            if judging is not None and judging.of_sets:
+                told = f">= 2, the set of samples that reward {judging.source} judges"
+                require("evaluation.episodes", episodes, episodes >= 2, told)
 
     def _as_it_began(self, device: torch.device) -> DiffusionModel:
         seed_phase(self.experiment.seed, 0, Phase.INITIALISE)  # For models that are made, not read.
@@ -152,7 +170,7 @@ class DiffusionWorld:
         conditional models without guidance, at states of noised samples.
         """
         ask, ask_before = model.guided(1.0), reference.guided(1.0)
-        levels = model.levels(DISTANCE_STEPS)
+        levels = model.levels_up_to(DISTANCE_STEPS)
         levels = levels[levels > 0]
         total, size = 0.0, self.stage.image.at_once
         for start in range(0, len(x), size):
@@ -195,6 +213,8 @@ class DiffusionWorld:
         assert not state
 
     def finish(self, method: Any, folder: Path) -> None:
+        if self.reward is not None:
+            self.reward.warn_if_constant()
         if not self.method_class.trains:
             return
         model, first = method.policy, self.runtime.rank == 0
@@ -203,6 +223,7 @@ class DiffusionWorld:
             if first:
                 model = self._as_it_began(torch.device("cpu"))
                 model.load_state_dict(state)
+                model.one_step_at = method.policy.one_step_at
         if first:
             save_diffusion(model, folder / "model")
 
@@ -249,6 +270,7 @@ class DiffusionWorld:
             assert self.stage.model.source is not None
             try_out(model, rows[:64], self.stage.model.source)
         else:
+            model.check(rows)
             model.encode(rows[:64])
         return wanted
 

@@ -66,6 +66,8 @@ class LanguageWorld:
         self.kind = self.method_class.loop
         seed_phase(experiment.seed, 0, Phase.INITIALISE)  # For models that are made, not read.
         model, tokenizer = load_model(self.stage.model, runtime.reading_device)
+        if runtime.config.precision == "float32":
+            model.frozen_dtype = torch.float32  # A reference is the model that training began with.
         self.digest = digest_of(model)
         self.spec = TextSpec(
             model=model, tokenizer=tokenizer, max_length=_fitting(self.stage.text, model)

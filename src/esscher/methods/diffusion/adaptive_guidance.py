@@ -29,6 +29,7 @@ figures says what this one's are.
 diffusers, whatever its scheduler.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -85,8 +86,9 @@ class Config:
     """Cosine at which a sample leaves adaptive guidance, in (-1, 1] (the paper: 0.991 for about 30 of
     40 evaluations; it depends on the model)."""
     min_guided_steps: int | None = None
-    """Steps before which no sample leaves, >= 0; None: a quarter of all, and never at a level without
-    signal. Near pure noise the cosine is high for another reason."""
+    """Steps before which no sample leaves, >= 0; None: a quarter of all, never at a level without
+    signal, and only once its cosine has been below the threshold. Near pure noise the cosine is high
+    for another reason, so with a number guidance may end before it has begun to matter."""
     guided_steps: int = 10
     """Of the fixed policies, >= 0."""
     scale: float = 7.5
@@ -125,6 +127,7 @@ class Config:
         require("eta", self.eta, 0 <= self.eta <= 1, "in [0, 1]")
         require("solver", self.solver, self.solver != "heun", "one that asks once a step")
         if self.policy == "linear":
+            require("draw_steps", self.draw_steps, most >= 4, ">= 4, of which one is estimated")
             require("eta", self.eta, self.eta == 0, "0 where the policy is linear")
         if self.solver != "ddim":
             require("eta", self.eta, self.eta == 0, "0 unless the solver is ddim")
@@ -142,7 +145,12 @@ class AdaptiveGuidance(Method):
     def __init__(self, cfg: Config, spec: ImageSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
         self._model = spec.model
-        self._model.guided(cfg.scale)  # Refuses a model without a null condition.
+        if self._model.null is None:
+            raise UserError(
+                "adaptive_guidance needs a model with a null condition, and this one was trained "
+                "without, so that there is no guidance to save on: give another --model (of a "
+                "UNet2DModel, say which class stands for none: --model.kwargs null_class 10)"
+            )
         self._levels = self._model.levels(cfg.draw_steps)
         self._reference_levels = self._model.levels(cfg.reference_steps or cfg.draw_steps)
         if cfg.policy == "adaptive":
@@ -162,6 +170,7 @@ class AdaptiveGuidance(Method):
         self.is_fitted = False
         self.cosine_sum = torch.zeros(steps, dtype=torch.float64)
         self.cosine_count = torch.zeros(steps, dtype=torch.float64)
+        self._is_warned = False
 
     @property
     def policy(self) -> DiffusionModel:
@@ -180,6 +189,7 @@ class AdaptiveGuidance(Method):
         seeds = torch.randint(2**62, (len(asked),)).tolist()
         found = self._drawn(asked, seeds, self._policy)
         seen = ~found.cosine.isnan()
+        self._warn_if_never_low(found)
         self.cosine_sum += torch.where(seen, found.cosine, 0.0).double().sum(-1).cpu()
         self.cosine_count += seen.double().sum(-1).cpu()
         told: Metrics = {
@@ -234,9 +244,9 @@ class AdaptiveGuidance(Method):
             )
         start, noise = seeded_noise(seeds, model.shape, model.device)
         adaptive = policy is not None and cfg.policy == "adaptive"
-        return adaptive_solve(
+        found = adaptive_solve(
             model.denoiser,
-            start * float(levels[0]),
+            start * model.start(levels),
             levels,
             asked.condition,
             model.null,
@@ -247,9 +257,11 @@ class AdaptiveGuidance(Method):
             eta=cfg.eta,
             noise=noise if cfg.eta > 0 else None,
             clip=model.clip,
+            keeps_noise=model.keeps_noise,
             policy=full(len(levels) - 1) if policy is None else policy,
             linear=self._linear() if policy is not None and "linear" in policy else None,
         )
+        return replace(found, x=found.x * model.end(levels))
 
     def _fit(self, asked: Asked) -> None:
         """Least squares on paths of full guidance towards what this batch asks for."""
@@ -258,13 +270,14 @@ class AdaptiveGuidance(Method):
         rows = torch.arange(cfg.linear_paths, device=model.device) % len(asked)
         fitted = fit_linear(
             model.denoiser,
-            x * float(self._levels[0]),
+            x * model.start(self._levels),
             self._levels,
             rows_of(asked.condition, rows),
             model.null,
             scale=cfg.scale,
             solver=cfg.solver,
             clip=model.clip,
+            keeps_noise=model.keeps_noise,
             intercept=cfg.intercept,
             batch_size=max(1, min(cfg.batch_size, cfg.linear_paths)),
         )
@@ -285,6 +298,27 @@ class AdaptiveGuidance(Method):
             solver=self.cfg.solver,
             null=self._model.null,
         )
+
+    def _warn_if_never_low(self, found: Guided) -> None:
+        """Say once that the threshold says nothing, where no cosine is below it."""
+        if self._is_warned or self.cfg.policy != "adaptive":
+            return
+        lowest = float(found.cosine.nan_to_num(nan=torch.inf).min())
+        if lowest >= self.cfg.threshold:
+            self._is_warned = True
+            what = (
+                "all samples keep full guidance"
+                if self.cfg.min_guided_steps is None
+                else "samples leave guidance whatever it does"
+            )
+            warnings.warn(
+                f"the cosine of the conditional and the unconditional answer is never below the "
+                f"threshold {self.cfg.threshold:g} (at least {lowest:.5f}, from noise level "
+                f"{float(self._levels[0]):.4g} on), so that it says nothing on this model, and {what}: "
+                "raise --method.threshold, or leave after a fixed number of steps (--method.policy "
+                "cut_off)",
+                stacklevel=2,
+            )
 
     def _saved(self, found: Guided) -> Float[Tensor, "b"]:
         """Share of the evaluations of full guidance that a sample did without."""

@@ -1,7 +1,7 @@
-"""B2-DiffuRL: a diffusion model learns from one reward at the end of its chain, by training the last
-steps first and comparing branches that share all steps before them.
+"""B2-DiffuRL: a diffusion model learns from one reward of what it has drawn.
 
-Denoising is a decision process: each step of the stochastic sampler is an action, drawn from
+Branches of one chain share all steps but the last ones, and are compared; the last steps are trained
+first. Denoising is a decision process: each step of the stochastic sampler is an action, drawn from
 
     pi(x_next | x, c) = N(mean, std^2),   mean and std those of the reverse kernel at eta,
 
@@ -43,6 +43,7 @@ The paper's pseudo-code calls thresholds tau; here `tau` is always a Polyak step
 The step to noise level 0, where a schedule has one, draws nothing and is in no loss.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ class Config:
     last_suffix: int = 20
     """k_right, last steps that the last stage trains, in [first_suffix, draw_steps]."""
     num_stages: int = 100
-    """J, iterations over which the suffix grows, >= 1; then it stays at last_suffix."""
+    """J, iterations over which the suffix grows, >= 1; from then on it is last_suffix."""
     branches: int = 5
     """B, samples that share the steps before the suffix, >= 1; 1: none share any. The config file of
     the authors has 3."""
@@ -193,11 +194,12 @@ class Config:
 
 
 def suffix_length(stage: int, first: int, last: int, num_stages: int) -> int:
-    """How many last steps a stage, counted from 0, trains: first + floor(j (last - first + 1) / J).
-
-    After the last stage it stays.
+    """How many last steps a stage, counted from 0, trains: first + floor(j (last - first + 1) / J), and
+    last from stage J on.
     """
-    return first + min(stage, num_stages - 1) * (last - first + 1) // num_stages
+    if stage >= num_stages:
+        return last
+    return first + stage * (last - first + 1) // num_stages
 
 
 def contrast(
@@ -286,6 +288,7 @@ class B2DiffuRL(Method):
             max_grad_norm=cfg.max_grad_norm,
         )
         self.past = self._no_past(0)
+        self._prompt_of: list[int] = []  # Of each row of the data.
 
     @property
     def policy(self) -> DiffusionModel:
@@ -295,8 +298,13 @@ class B2DiffuRL(Method):
         count, size = len(wanted.rows), self.cfg.batch_size
         told = f"in [1, {count}], the rows of {wanted.name} (copies draws each several times)"
         require("batch_size", size, size <= count, told)
-        if len(self.past) != count:
-            self.past = self._no_past(count)
+        # Rows that the model cannot tell apart are one prompt.
+        columns = self.model.columns
+        keys = [repr([row.get(c) for c in columns] or sorted(row.items())) for row in wanted.rows]
+        number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        self._prompt_of = [number[key] for key in keys]
+        if len(self.past) != len(number):
+            self.past = self._no_past(len(number))
         return Turns(wanted, size)
 
     def load_state_dict(self, state: State) -> None:
@@ -318,7 +326,8 @@ class B2DiffuRL(Method):
         assert reward is not None
         suffix = suffix_length(step - 1, cfg.first_suffix, cfg.last_suffix, cfg.num_stages)
         chain, rewards = self.drawn(asked, reward, suffix)
-        advantage = self.advantages(rewards, asked.row, step)
+        prompt = [self._prompt_of[row] for row in asked.row]
+        advantage = self.advantages(rewards, prompt, step)
         kept = self.selected(advantage)
         held, here = self.held(len(asked)), torch.full(kept.shape, -1, device=kept.device)
         here[held] = torch.arange(len(held), device=kept.device)
@@ -362,7 +371,8 @@ class B2DiffuRL(Method):
             chains.append(self.branched(part, stop - start, suffix))
             theirs = rows[start * cfg.branches : stop * cfg.branches]
             theirs = theirs[self.runtime.part(len(theirs))]
-            rewards.append(self.runtime.joined(reward(chains[-1].x[-1], theirs)))
+            finished = chains[-1].x[-1] * self.model.end(chains[-1].sigma)
+            rewards.append(self.runtime.joined(reward(finished, theirs)))
         x, logp = (
             torch.cat([getattr(chain, name) for chain in chains], 1) for name in ("x", "logp")
         )
@@ -381,7 +391,7 @@ class B2DiffuRL(Method):
             drawn = torch.randn(rows, *model.shape, device=model.device)
             return drawn[self.runtime.part(rows)]
 
-        x = float(levels[0]) * noise(count)
+        x = model.start(levels) * noise(count)
         condition = rows_of(condition, self.runtime.part(count))
         if fork > 0:
             shared = levels[: fork + 1]
@@ -403,34 +413,38 @@ class B2DiffuRL(Method):
 
     @torch.no_grad()
     def advantages(
-        self, reward: Float[Tensor, "n"], row: Sequence[int], step: int
+        self, reward: Float[Tensor, "n"], prompt: Sequence[int], step: int
     ) -> Float[Tensor, "n"]:
         """How good each sample is among those that it is compared with; 0 where all are alike.
 
-        Rewards of this stage, counted from 1, are remembered in place of those H before it.
+        Args:
+            prompt: number of each condition's; one may come several times.
+            step: of the stage, counted from 1; its rewards are remembered in place of those H before.
         """
         cfg = self.cfg
         if cfg.advantage == "branch":
             fork = torch.arange(len(reward), device=reward.device) // cfg.branches
             return group_advantages(reward, fork, epsilon=1e-8)
-        prompts, number = torch.tensor(row).unique(return_inverse=True)
+        prompts, number = torch.tensor(prompt).unique(return_inverse=True)
         prompts, number = prompts.to(reward.device), number.to(reward.device)
-        prompt = number.repeat_interleave(cfg.copies * cfg.branches)
-        present = moments_of(reward.double(), prompt, len(prompts))
+        own = number.repeat_interleave(cfg.copies * cfg.branches)
+        present = moments_of(reward.double(), own, len(prompts))
         mean, std = pooled(torch.cat([self.past[prompts], present.unsqueeze(1)], 1))
         if cfg.history > 0:
             place = (step - 1) % cfg.history
             self.past[:, place] = 0
             self.past[prompts, place] = present
-        advantage = (reward - mean[prompt]) / (std[prompt] + 1e-8)
-        return advantage.masked_fill(std[prompt] == 0, 0.0).to(reward.dtype)
+        advantage = (reward - mean[own]) / (std[own] + 1e-8)
+        return advantage.masked_fill(std[own] == 0, 0.0).to(reward.dtype)
 
     def selected(self, advantage: Float[Tensor, "n"]) -> Bool[Tensor, "n"]:
-        """What is learned from; nothing of a prompt whose samples were all worth the same."""
+        """What is learned from; nothing where no sample was worth more than another, but for DPOK's
+        pull, which needs no reward.
+        """
         cfg = self.cfg
         telling = advantage != 0
         if cfg.selection == "all":
-            return telling
+            return (telling.any() | (cfg.algorithm == "dpok")).expand_as(telling)
         forks = advantage.view(-1, cfg.branches)
         kept = contrast(forks, cfg.positive_threshold, cfg.negative_threshold)
         return kept.flatten() & telling
@@ -546,8 +560,9 @@ class B2DiffuRL(Method):
         distance = reverse_kl_terms(denoised, before, level, following, cfg.eta)
         if cfg.reduction == "mean":
             distance = distance / x[0].numel()
-        # Unlike PPO's, a ratio outside the clip has no gradient on either side, as in DPOK's code.
-        gain = advantage * log_ratio.exp().clamp(1 - cfg.clip, 1 + cfg.clip)
+        # Unlike PPO's, a ratio outside the clip has no gradient on either side, as in DPOK's code. Cut
+        # before exp, which overflows and then has none that is a number.
+        gain = advantage * log_ratio.clamp(math.log1p(-cfg.clip), math.log1p(cfg.clip)).exp()
         return cfg.kl_weight * distance - gain, outside, distance
 
     def _no_past(self, count: int) -> Float[Tensor, "p h 3"]:

@@ -77,8 +77,9 @@ PAPER = Paper(
 class Config:
     """Settings of diffusion tree sampling; defaults are the paper's for images."""
 
-    sampler: Literal["tree", "smc", "best_of_n"] = "tree"
-    """tree: DTS and DTS*. To compare with, anew each iteration: sequential Monte Carlo, best of n."""
+    sampler: Literal["tree", "smc", "best_of_n", "gradient"] = "tree"
+    """tree: DTS and DTS*. To compare with, anew each iteration: sequential Monte Carlo, best of n, and
+    steps that are moved along the gradient of the reward of clean estimates (DPS)."""
     selection: Literal["softmax", "uct"] = "softmax"
     """softmax: sample from the tilted law (DTS); uct: search for one sample (DTS*)."""
     inverse_temperature: float = 1.0
@@ -103,7 +104,8 @@ class Config:
     batch_size: int = 1
     """Rows an iteration, each with a tree of its own, >= 1."""
     evaluations: int = 1_000
-    """Of the network for each of these rows in an iteration, >= 1."""
+    """Of the network for each of these rows in an iteration, >= 1; what a tree takes more to finish a
+    path, the next iteration takes less."""
     paths_at_once: int = 1
     """Paths that are chosen before any is drawn, >= 1; 1: the paper's. More keep a GPU busy."""
     potential: Literal["diff", "max"] = "diff"
@@ -151,7 +153,10 @@ class DiffusionTreeSampling(Method):
         self._levels = self._model.levels(cfg.draw_steps)
         steps = len(self._levels) - 1
         self._branches = sorted({round(share * steps) for share in cfg.branches})
-        self._process(None)  # Refuses branches that are too late.
+        # A step to noise level 0 draws nothing, so no branch can begin there.
+        last = steps - 1 - int(float(self._levels[-1]) == 0)
+        told = f"at most {last} of the {steps} steps of this model, say with fewer branches"
+        require("the last of branches", self._branches[-1], self._branches[-1] <= last, told)
         self._settings = TreeSettings(
             inverse_temperature=cfg.inverse_temperature,
             selection=cfg.selection,
@@ -198,6 +203,12 @@ class DiffusionTreeSampling(Method):
     def draw(self, asked: Asked, seeds: Sequence[int]) -> Drawn:
         """From the trees, without asking the network; of rows that have none yet, from the model."""
         x = torch.zeros((len(asked), *self._model.shape), device=self._model.device)
+        if self._found and -1 in asked.row:
+            known = asked.rows[asked.row.index(-1)]
+            raise UserError(
+                f"no tree has grown for {dict(known)}: the run searched for the rows of its data "
+                "alone, so run it with this row among them"
+            )
         without = [place for place, row in enumerate(asked.row) if row not in self._found]
         if without:
             x[without] = self._from_model(asked, without, [seeds[place] for place in without])
@@ -233,8 +244,8 @@ class DiffusionTreeSampling(Method):
             return known[-1]
 
         tree.process, tree.reward = process, judged
-        before = tree.evaluations
-        tree.grow(evaluations=before + self.cfg.evaluations)
+        before, size = tree.evaluations, self.cfg.evaluations
+        tree.grow(evaluations=(before // size + 1) * size)
         facts = {
             "value": tree.value,
             "nodes": float(len(tree)),
@@ -252,6 +263,8 @@ class DiffusionTreeSampling(Method):
         shared: dict[str, Any] = {
             "condition": rows_of(asked.condition, slice(place, place + 1)),
             "eta": cfg.eta,
+            "start": self._model.start(self._levels),
+            "end": self._model.end(self._levels),
             "device": self._model.device,
         }
         where = (self._levels, self._model.shape, count, int(torch.randint(2**62, ())))
@@ -262,15 +275,18 @@ class DiffusionTreeSampling(Method):
         if cfg.sampler == "best_of_n":
             found = best_of_n(self._denoiser, judged, *where, **shared)
         else:
+            alone = cfg.sampler == "gradient"
             settings = SteeringSettings(
                 inverse_temperature=cfg.inverse_temperature,
                 potential=cfg.potential,
-                proposal=cfg.proposal,
-                resample_at=tuple(self._branches[1:]),
+                proposal="guided" if alone else cfg.proposal,
+                resample_at=() if alone else tuple(self._branches[1:]),
             )
             found = steer(self._denoiser, judged, *where, settings, **shared)
         if cfg.sampler == "smc":
             weight = found.log_weight.double()
+        elif cfg.sampler == "gradient" and cfg.selection == "softmax":
+            weight = torch.zeros(count, dtype=torch.float64).log_softmax(-1)
         elif cfg.selection == "softmax":
             weight = (cfg.inverse_temperature * found.reward.double()).log_softmax(-1)
         else:
@@ -298,11 +314,11 @@ class DiffusionTreeSampling(Method):
         model = self._model
         start, noise = seeded_noise(seeds, model.shape, model.device)
         condition = rows_of(asked.condition, torch.tensor(places, device=model.device))
-        start = start * float(self._levels[0])
+        start = start * model.start(self._levels)
         chain = ancestral(
             self._denoiser, start, self._levels, condition, eta=self.cfg.eta, noise=noise
         )
-        return chain.x[-1]
+        return chain.x[-1] * model.end(self._levels)
 
     def _process(self, condition: Any) -> DenoisingProcess:
         return DenoisingProcess(
@@ -313,6 +329,8 @@ class DiffusionTreeSampling(Method):
             eta=self.cfg.eta,
             condition=condition,
             calls=1 if self.cfg.scale == 1 else 2,
+            start=self._model.start(self._levels),
+            end=self._model.end(self._levels),
             device=self._model.device,
         )
 

@@ -51,7 +51,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from esscher.distributions.diffusion import DiffusionModel, ImageSpec
-from esscher.errors import UserError, require
+from esscher.errors import require
 from esscher.exemplars import RADIUS, STD, ring
 from esscher.experience.conditions import Turns, Wanted
 from esscher.experiment import (
@@ -160,6 +160,7 @@ class DRAGON(Method):
     world = "diffusion"
     loop = "draw"
     rewarded = True
+    sets = True
     headline = "reward_difference"
     shares = True
     shards = True
@@ -167,8 +168,14 @@ class DRAGON(Method):
     def __init__(self, cfg: Config, spec: ImageSpec, runtime: Runtime):
         super().__init__(cfg, spec, runtime)
         runtime.share(cfg.batch_size)  # Said before work starts where they cannot.
+        if spec.of_sets:
+            told = ">= 2 with a reward of sets, for a set of one sample has none"
+            require("batch_size", cfg.batch_size, cfg.batch_size >= 2, told)
+            told = "paired with a reward of sets, which gives no sample a rank"
+            require("pairing", cfg.pairing, cfg.pairing == "paired", told)
         self.model = spec.model
-        self.model.guided(cfg.scale)  # Refuses what it cannot do.
+        self.model.guided(cfg.scale)  # Both refuse what they cannot do.
+        self.model.levels(cfg.draw_steps)
         self.average = spec.model.averaged() if cfg.average else spec.model
         self._reference = spec.model.frozen()
         runtime.prepare(self.model, self.average, self._reference)
@@ -192,7 +199,6 @@ class DRAGON(Method):
     ) -> tuple[Metrics, Float[Tensor, "n"]]:
         assert reward is not None
         cfg = self.cfg
-        self._check_sets(reward)
         condition = repeated(asked.condition, 2)
         x, judged = self._judged(condition, [row for row in asked.rows for _ in range(2)], reward)
         split, told, rewards = self.divided(judged, reward)
@@ -335,19 +341,6 @@ class DRAGON(Method):
         cfg = self.cfg
         options = {"steps": cfg.draw_steps, "scale": cfg.scale, "solver": cfg.solver}
         return model.draw(condition, seeds, **options)
-
-    def _check_sets(self, reward: Judge) -> None:
-        if not reward.of_sets:
-            return
-        if self.cfg.batch_size < 2:
-            raise UserError(
-                "batch_size must be >= 2 with a reward of sets, got 1: a set of one sample has none"
-            )
-        if self.cfg.pairing == "unpaired":
-            raise UserError(
-                "pairing must be paired with a reward of sets, which gives no sample a rank: got "
-                "unpaired"
-            )
 
 
 # ---- recipes

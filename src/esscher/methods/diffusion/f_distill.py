@@ -35,7 +35,8 @@ Compared with DMD2:
 | bin_means | running means of r | bins | |
 
 Divergences have the names of functional/divergences.py with u = r, so kl is KL(teacher || student), the
-paper's forward KL. What is trained draws in one step, at noise level `first_sigma`.
+paper's forward KL. What is trained draws in one step, at noise level `first_sigma`; the pipeline in
+RUN/model does so with num_inference_steps=1.
 """
 
 import math
@@ -162,7 +163,8 @@ class Config:
     high_sigma: float = 80.0
     """Greatest noise level where `noise` is not model, > low_sigma."""
     first_sigma: float = 0.0
-    """Noise level that the student is asked at, >= 0; 0: the model's highest."""
+    """Noise level that the student is asked at, 0 or one of the model's; 0: its highest. Of a pipeline
+    the nearest one that it was trained at."""
     head_width: int = 128
     """Of the discriminator's layers, >= 1."""
     average: float = 0.999
@@ -235,7 +237,9 @@ class FDistill(Method):
         self.fake_opt = self._optim(self.fake.trained, cfg.fake_learning_rate)
         self.bin_means = torch.ones(cfg.num_bins, device=runtime.device)
         low, high = _ends_of(model)
-        self._first_sigma = cfg.first_sigma or high
+        self._first_sigma = _first_of(model, cfg.first_sigma, low, high)
+        self._start = model.start(torch.tensor([self._first_sigma]))
+        self.average.one_step_at = self._first_sigma
         ends = (low, high) if cfg.noise == "model" else (cfg.low_sigma, cfg.high_sigma)
         places = self._place(torch.tensor(ends, device=runtime.device)).tolist()
         self._low_place, self._high_place = places
@@ -299,7 +303,7 @@ class FDistill(Method):
     ) -> Float[Tensor, "b *d"]:
         """One evaluation: the clean estimate at noise alone."""
         sigma = start.new_full((len(start),), self._first_sigma)
-        return model.denoiser(self._first_sigma * start, sigma, condition)
+        return model.denoiser(self._start * start, sigma, condition)
 
     def student_loss(
         self,
@@ -456,6 +460,13 @@ class FDistill(Method):
         with _outputs_of(self._middle) as seen, torch.no_grad():
             x = torch.zeros((1, *model.shape), device=model.device)
             model.denoiser(x, x.new_ones(1), like)
+        if not seen:
+            kind = type(self._middle).__name__
+            raise UserError(
+                f"the discriminator reads what the model's middle block ({kind}) returns, and the "
+                "model's forward does not call it as a module: do so, give it another name than "
+                "mid_block, or train without (gan_weight 0, which divergence reverse_kl alone can)"
+            )
         return FeatureHead(tuple(seen[-1].shape[1:]), width)
 
     def _optim(self, parameters: Any, learning_rate: float) -> Optim:
@@ -478,11 +489,26 @@ def _check_trainable(model: DiffusionModel) -> None:
 
 def _ends_of(model: DiffusionModel) -> tuple[float, float]:
     """The lowest and the highest noise level of those that `noise_levels` draws from."""
-    table = getattr(model.denoiser, "sigmas", None)
-    if table is None:
-        table = model.levels(1000)
-    table = table[table > 0]
+    table = model.training_levels()
     return float(table.min()), float(table.max())
+
+
+def _first_of(model: DiffusionModel, asked: float, low: float, high: float) -> float:
+    """The noise level of the one step; of a table of levels the nearest one, which pipelines know.
+
+    Raises:
+        UserError: the model was not trained there, or cannot be told to begin there.
+    """
+    if asked == 0:
+        return high
+    told = f"0 or in [{low:.4g}, {high:.4g}], the noise levels of this model"
+    require("first_sigma", asked, low <= asked <= high, told)
+    if model.pipeline is not None and not hasattr(model.denoiser, "sigmas"):
+        require("first_sigma", asked, False, "0 for a flow, whose pipeline begins at its time 1")
+    if model.pipeline is None:
+        return asked
+    table = model.training_levels()
+    return float(table[(table - asked).abs().argmin()])
 
 
 def _middle_of(model: DiffusionModel) -> nn.Module | None:
