@@ -582,8 +582,9 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
     elif origin is dict and isinstance(value, dict):
         return {key: _decode(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value):
-            return float(value)
+        if not math.isfinite(value):
+            raise UserError(f"{path} must be finite, got {value}")
+        return float(value)
     elif kind is types.NoneType and value is None:
         return None
     elif isinstance(kind, type) and type(value) is kind:

@@ -24,6 +24,7 @@ from esscher.functional.sets import (
     gaussian_of,
     root_of,
     vendi_score,
+    vendi_score_of_kernel,
 )
 
 Rows = Sequence[Mapping[str, Any]]
@@ -44,7 +45,13 @@ class ClassProbability:
         self._target, self._column = target, column
 
     def __call__(self, images: Float[Tensor, "b *s"], rows: Rows) -> Float[Tensor, "b"]:
-        logp = self._classify(images).log_softmax(-1)
+        logits = self._classify(images)
+        if logits.ndim != 2 or len(logits) != len(images):
+            raise UserError(
+                f"the classifier of ClassProbability must return logits of {len(images)} images, one "
+                f"row each, got shape {tuple(logits.shape)}"
+            )
+        logp = logits.log_softmax(-1)
         wanted: list[Any] = [self._target] * len(rows)
         if self._target < 0:
             wanted = _column(rows, self._column, "ClassProbability")
@@ -147,14 +154,18 @@ class FrechetOfEach:
 
 
 class Vendi:
-    """Of a set: the effective number of different samples in it, by the cosine of embeddings.
+    """Of a set: the effective number of different samples in it, by how alike their embeddings are.
 
     Args:
         embed: module:function, images -> vectors "b e"; empty: their components.
+        bandwidth: 0: likeness is the cosine, which is near 1 for all pictures that are mostly of one
+            brightness; > 0: exp(-distance^2 / (2 bandwidth^2)).
     """
 
-    def __init__(self, embed: str = ""):
+    def __init__(self, embed: str = "", bandwidth: float = 0.0):
+        require("bandwidth", bandwidth, 0 <= bandwidth < math.inf, ">= 0")
         self._embed = _made(embed, "embed") if embed else _components
+        self._bandwidth = bandwidth
 
     def embed(self, images: Float[Tensor, "b *s"], rows: Rows) -> Float[Tensor, "b e"]:
         return self._embed(images)
@@ -162,7 +173,10 @@ class Vendi:
     def of_set(self, embedding: Float[Tensor, "n e"]) -> Float[Tensor, ""]:
         if len(embedding) < 2:
             raise UserError(f"a Vendi score needs at least 2 samples, got {len(embedding)}")
-        return vendi_score(embedding)
+        if self._bandwidth == 0:
+            return vendi_score(embedding)
+        apart = torch.cdist(embedding.double(), embedding.double()) / self._bandwidth
+        return vendi_score_of_kernel((-apart.square() / 2).exp())
 
 
 # ---- for the small models of esscher.images

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -107,6 +108,100 @@ def test_points_are_kept_as_an_array(searched: Path, tmp_path: Path) -> None:
     assert none.returncode == 2 and "--count must be >= 1, got 0" in none.stderr
     both = esscher("sample", str(searched), "--label", "1", "--prompt", "a")
     assert both.returncode == 2 and "exclude each other" in both.stderr
+
+
+def searched_for(labels: str, tmp_path: Path) -> Path:
+    folder = tmp_path / "labelled"
+    model = ["--model", "esscher.images:mixture", "--model.kwargs", "classes", "True"]
+    options = ["--draw-steps", "10", "--evaluations", "100", "--steps", "2", "--batch-size", "2"]
+    reward = ["--reward", "esscher.image_rewards:nearness", "--labels", *labels.split()]
+    arguments = [*model, *reward, *options, *FEW, "--directory", str(folder)]
+    done = esscher("run", "diffusion_tree_sampling", *arguments)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_row_of_the_run_is_drawn_from_its_tree(tmp_path: Path) -> None:
+    folder = searched_for("2 5", tmp_path)
+    line = ["sample", str(folder), "--count", "3", "--out"]
+    done = esscher(*line, str(tmp_path / "drawn"), "--label", "5")
+    assert done.returncode == 0, done.stderr
+    tree = load(folder).method.tree(1)
+    leaves, _ = tree.leaf_log_probs()
+    known = {tuple(row) for row in tree.leaves(leaves).x.tolist()}
+    found = np.load(tmp_path / "drawn" / "samples.npy")
+    assert {tuple(row) for row in found.tolist()} <= known
+    wrong = esscher(*line, str(tmp_path / "none"), "--label", "3")
+    assert wrong.returncode == 2 and "no tree has grown for {'label': 3}" in wrong.stderr
+
+
+def test_evaluations_are_told_of_what_is_drawn(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    model = ["--model", "esscher.images:mixture", "--labels", "0", "1"]
+    classes = ["--model.kwargs", "classes", "True", "--scale", "3", "--policy", "cut_off"]
+    options = ["--draw-steps", "6", "--guided-steps", "2", "--steps", "1", *FEW]
+    arguments = [*model, *classes, *options, "--directory", str(folder)]
+    done = esscher("run", "adaptive_guidance", *arguments)
+    assert done.returncode == 0, done.stderr
+    done = esscher("sample", str(folder), "--count", "4")
+    assert "(4 samples, evaluations saved 0.3333, evaluations 8)" in done.stdout
+
+
+def test_a_recipe_leaves_its_kwargs_behind_with_its_model(run: Path, tmp_path: Path) -> None:
+    few = [*FEW, "--steps", "1", "--batch-size", "8", "--num-bins", "2"]
+    folder = str(tmp_path / "run")
+    done = esscher(
+        "run", "f_distill:smoke", "--model", str(run / "model"), *few, "--directory", folder
+    )
+    assert done.returncode == 0, done.stderr
+    stage = json.loads((tmp_path / "run" / "config.json").read_text())["stages"][-1]
+    assert stage["model"] == {**stage["model"], "source": str(run / "model"), "kwargs": {}}
+
+
+def test_kwargs_of_a_recipe_are_given_as_the_help_says(tmp_path: Path) -> None:
+    few = [*FEW, "--steps", "1", "--model.kwargs", "width", "16", "prediction", "v_prediction"]
+    done = esscher("run", "f_distill:smoke", *few, "--directory", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    stage = json.loads((tmp_path / "run" / "config.json").read_text())["stages"][-1]
+    expected = {"size": 8, "channels": 1, "width": 16, "classes": 10, "prediction": "v_prediction"}
+    assert stage["model"]["kwargs"] == expected
+    wrong = esscher("run", "f_distill:smoke", "--model.kwargs", "width")
+    assert wrong.returncode == 2
+    assert "--model.kwargs takes names, each with its value, got 'width'" in wrong.stderr
+
+
+def test_adapters_alone_are_for_their_pipeline(tmp_path: Path) -> None:
+    esscher_images: Any = pytest.importorskip("esscher.images")
+    esscher_images.tiny_stable_diffusion(width=16).save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a cat"}\n')
+    arguments = ["--model", str(tmp_path / "base"), "--data", str(tmp_path / "rows.jsonl")]
+    arguments += ["--reward", "esscher.image_rewards:Compressibility", "--lora-rank", "2"]
+    arguments += [
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--draw-steps",
+        "2",
+        "--learning-rate",
+        "1e-2",
+    ]
+    folder = str(tmp_path / "run")
+    done = esscher("run", "dragon", *arguments, *FEW, "--directory", folder)
+    assert done.returncode == 0, done.stderr
+    done = esscher("export", folder, "--to", "adapters", "--out", str(tmp_path / "adapters"))
+    assert done.returncode == 0 and "load_lora_weights" in done.stdout
+    images = []
+    for source, adapters in (("base", "adapters"), ("run/model", None), ("base", None)):
+        pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(tmp_path / source)
+        pipeline.set_progress_bar_config(disable=True)
+        if adapters:
+            pipeline.load_lora_weights(tmp_path / adapters)
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        options = {"num_inference_steps": 3, "guidance_scale": 1, "output_type": "pt"}
+        images.append(pipeline("a cat", latents=latents, **options).images)
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-4)
+    assert (images[1] - images[2]).abs().max() > 1e-3
 
 
 def test_it_is_judged_again(run: Path, searched: Path) -> None:

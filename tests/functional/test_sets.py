@@ -15,6 +15,7 @@ from esscher.functional.sets import (
     moments,
     root_of,
     vendi_score,
+    vendi_score_of_kernel,
 )
 
 
@@ -143,6 +144,14 @@ def test_vendi_score_from_the_whole_kernel(count, size):
     assert vendi_score(torch.from_numpy(x)).item() == pytest.approx(
         np.exp(-(values * np.log(values)).sum())
     )
+
+
+def test_vendi_score_of_a_kernel_by_hand():
+    """Two samples of likeness k: eigenvalues (1 + k) / 2 and (1 - k) / 2."""
+    k = 0.3
+    shares = [(1 + k) / 2, (1 - k) / 2]
+    found = vendi_score_of_kernel(torch.tensor([[1.0, k], [k, 1.0]]))
+    assert found.item() == pytest.approx(math.exp(-sum(s * math.log(s) for s in shares)))
 
 
 def test_vendi_score_needs_directions():

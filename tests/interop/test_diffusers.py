@@ -407,6 +407,19 @@ def test_classes_by_name() -> None:
         model.encode([{"label": "umbrela"}])
 
 
+def test_the_null_class_of_a_unet_is_kept_with_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = load(folders["classes"], kwargs={"null_class": 3})
+    save_diffusion(model, tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert again.null.tolist() == [3]  # type: ignore[union-attr]
+    again.guided(2.0)
+    with pytest.raises(UserError, match=r"label must be in \[0, 3\)"):
+        again.encode([{"label": 4}])
+    # diffusers opens it all the same, and what is said by hand counts more.
+    assert opened(tmp_path / "model").unet.config.num_class_embeds == 4
+    assert load(tmp_path / "model", kwargs={"null_class": 0}).null.tolist() == [0]  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "says"),
     [

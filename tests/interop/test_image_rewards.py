@@ -485,6 +485,12 @@ def test_variety_of_a_set() -> None:
     assert reward.of_set(embedding).item() == pytest.approx(4)
     assert reward.of_set(embedding[[0, 0, 1, 1]]).item() == pytest.approx(2)
     assert Vendi(f"{HERE}:corners").embed(pictures(), ROWS).shape == (2, 2)
+    # Bright pictures that differ a little are alike by their cosine, and not by their distance.
+    bright = 1 + 0.1 * embedding
+    assert Vendi().of_set(bright).item() == pytest.approx(1, abs=0.05)
+    assert Vendi(bandwidth=0.01).of_set(bright).item() == pytest.approx(4, abs=1e-3)
+    with pytest.raises(UserError, match="bandwidth must be >= 0, got -1"):
+        Vendi(bandwidth=-1.0)
     with pytest.raises(UserError, match="no direction"):
         ImageReward("esscher.image_rewards:Vendi", {}, lambda x: x).of_set(torch.zeros(3, 2))
 

@@ -16,6 +16,7 @@ thresholding is refused.
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
 
@@ -169,7 +170,7 @@ def save_diffusion(model: DiffusionModel, folder: Path, *, adapters_only: bool =
                 whole.register_modules(
                     scheduler=_of_one_step(pipeline.scheduler, model.one_step_at)
                 )
-            with without_progress_bars("diffusers"):
+            with without_progress_bars(*_libraries_of(type(pipeline).__name__)):
                 whole.save_pretrained(writing, safe_serialization=True)
             if isinstance(null := model.null, Tensor) and "label" in model.columns:
                 (writing / OWN).write_text(json.dumps({"null_class": int(null)}) + "\n")
@@ -681,10 +682,11 @@ def _pretrained(source: str) -> Any:
             " (a folder with model_index.json and *.safetensors, a Hugging Face name, or "
             "module:function)",
         ),
-        without_progress_bars("diffusers"),
+        ExitStack() as stack,
     ):
         index = diffusers.DiffusionPipeline.load_config(source)
         name = index.get("_class_name")
+        stack.enter_context(without_progress_bars(*_libraries_of(name)))
         if isinstance(name, str) and name in NETWORKS:  # A list names code that comes with it.
             none: Any = {"vae": None} if index.get("vae") == [None, None] else {}
             if name == "StableDiffusionPipeline":
@@ -698,6 +700,11 @@ def _pretrained(source: str) -> Any:
                     raise ValueError(f"its files lack the weights {part}")
             return pipeline
     raise UserError(f"--model {source} is a {name}, and only these are read: {', '.join(NETWORKS)}")
+
+
+def _libraries_of(name: Any) -> tuple[str, ...]:
+    """What reads and writes a pipeline; transformers takes seconds to import."""
+    return ("diffusers", "transformers") if name == "StableDiffusionPipeline" else ("diffusers",)
 
 
 def _with_adapters(network: Any, config: ModelConfig) -> Any:

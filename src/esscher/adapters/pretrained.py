@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -47,13 +48,20 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def without_progress_bars(library: str) -> Iterator[None]:
-    """The library (transformers or diffusers) draws them over our own display."""
-    logging: Any = importlib.import_module(f"{library}.utils.logging")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def without_progress_bars(*libraries: str) -> Iterator[None]:
+    """These (transformers, diffusers) draw them over our own display, and say which of two readers of
+    images they have taken where none is asked for.
+    """
+    readers = logging.getLogger("transformers.utils.import_utils")
+    modules: list[Any] = [importlib.import_module(f"{name}.utils.logging") for name in libraries]
+    shown = [module for module in modules if module.is_progress_bar_enabled()]
+    level = readers.level
+    readers.setLevel(logging.ERROR)
+    for module in modules:
+        module.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        readers.setLevel(level)
+        for module in shown:
+            module.enable_progress_bar()

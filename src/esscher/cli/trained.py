@@ -259,9 +259,10 @@ def _draw_populations(folder: Path, options: Any) -> int:
 
 @dataclass
 class ExportOptions:
-    to: Literal["onnx", "transformers", "diffusers"] | None = None
+    to: Literal["onnx", "transformers", "diffusers", "adapters"] | None = None
     """Format: onnx, of controllers; transformers and diffusers, of language and diffusion models, with
-    adapters merged in. By default whichever fits the run."""
+    adapters merged in; adapters, of a diffusion model with some, for load_lora_weights of its base. By
+    default whichever fits the run."""
     out: Path | None = None
     """File or folder; by default policy.onnx or exported/ in the run folder."""
     step: int | None = None
@@ -273,8 +274,8 @@ class ExportOptions:
 
 
 def export_run(arguments: list[str]) -> int:
-    """Hand a trained policy to another tool: esscher export RUN --to onnx|transformers|diffusers."""
-    usage = "esscher export RUN --to onnx|transformers|diffusers"
+    """Hand a trained policy on: esscher export RUN --to onnx|transformers|diffusers|adapters."""
+    usage = "esscher export RUN --to onnx|transformers|diffusers|adapters"
     folder = Path(positional(arguments, usage, "RUN"))
     options = parse(ExportOptions, arguments, "esscher export RUN")
     from esscher.runtime.load import load
@@ -295,7 +296,8 @@ def export_run(arguments: list[str]) -> int:
         "language": ("language model", "transformers"),
         "diffusion": ("diffusion model", "diffusers"),
     }[world]
-    if options.to not in (None, fitting):
+    adapters_only = options.to == "adapters" and world == "diffusion"
+    if options.to not in (None, fitting) and not adapters_only:
         raise UserError(f"{folder} trained a {kind}: --to {fitting}")
     if world != "control":
         out = options.out or folder / "exported"
@@ -310,12 +312,12 @@ def export_run(arguments: list[str]) -> int:
             return 0
         from esscher.adapters.diffusers import save_diffusion
 
-        save_diffusion(policy.model, out)
-        opener = (
-            "load_state_dict of your module takes model.safetensors"
-            if policy.model.pipeline is None
-            else "DiffusionPipeline.from_pretrained opens it"
-        )
+        save_diffusion(policy.model, out, adapters_only=adapters_only)
+        opener = "DiffusionPipeline.from_pretrained opens it"
+        if policy.model.pipeline is None:
+            opener = "load_state_dict of your module takes model.safetensors"
+        elif adapters_only:
+            opener = "load_lora_weights of the pipeline that it was trained from takes it"
         print(f"exported: {out} ({opener})")
         return 0
     out = options.out or folder / "policy.onnx"

@@ -143,5 +143,17 @@ def vendi_score(embedding: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
         )
     unit = embedding.double() / length
     gram = unit.T @ unit if unit.shape[1] < unit.shape[0] else unit @ unit.T
-    share = torch.linalg.eigvalsh(gram / len(unit)).clamp(min=0)
+    return _entropic_rank(gram / len(unit))
+
+
+def vendi_score_of_kernel(kernel: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
+    """`vendi_score` by any positive semidefinite likeness of each pair, 1 of a sample with itself.
+
+    Source: Friedman and Dieng 2023 (arXiv 2210.02410), definition 3.1.
+    """
+    return _entropic_rank(kernel.double() / len(kernel))
+
+
+def _entropic_rank(matrix: Float[Tensor, "k k"]) -> Float[Tensor, ""]:
+    share = torch.linalg.eigvalsh(matrix).clamp(min=0)
     return torch.special.entr(share).sum().exp()
