@@ -218,7 +218,7 @@ def test_what_makes_no_tree_is_refused() -> None:
         Config(eta=0.0)
     with pytest.raises(UserError, match="branches"):
         Config(branches=(0.2, 0.4))
-    with pytest.raises(UserError, match="without a null condition"):
+    with pytest.raises(UserError, match="trained without"):
         method(conditional=False, scale=2.0)
     with pytest.raises(
         UserError, match="last of branches must be at most 1 of the 3 steps .*, got 3"

@@ -232,7 +232,7 @@ def test_what_a_model_cannot_be_asked_for_is_refused_before_work(tmp_path: Path)
         start(image=ImageConfig(labels=(8,)))
     with pytest.raises(UserError, match="exclude each other"):
         start(image=ImageConfig(labels=(1,)), data="esscher.datasets:sums_asked")
-    with pytest.raises(UserError, match="without a null condition"):
+    with pytest.raises(UserError, match="trained without"):
         start(model=ModelConfig(source="esscher.images:mixture"), image=ImageConfig())
     with pytest.raises(UserError, match="needs a diffusion model"):
         start(model=ModelConfig())

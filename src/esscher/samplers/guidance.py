@@ -307,7 +307,7 @@ def adaptive_solve(
                 "be foreseen from the path so far; use eta 0, or adaptive guidance alone"
             )
         linear.check(levels, scale, solver, null)
-    _check_policy(policy, steps, linear)
+    check_policy(policy, steps, linear)
 
     last_estimate = max((i for i, step in enumerate(policy) if step == "linear"), default=-1)
     history_c: list[Tensor] = []
@@ -328,9 +328,9 @@ def adaptive_solve(
         gamma = cosine(eps_c, eps_u).detach().masked_fill(~compared, torch.nan)
         if linear is not None and place <= last_estimate:
             # Rows that have left guidance hold nonsense here, which is never looked at again.
-            history_c.append(_accurate(eps_c))
+            history_c.append(accurate(eps_c))
             history_u.append(
-                _accurate(eps_u) if step == "guided" else linear.estimate(history_c, history_u)
+                accurate(eps_u) if step == "guided" else linear.estimate(history_c, history_u)
             )
             unconditional = (
                 x - over(level, x) * history_u[-1].to(x) if step == "linear" else unconditional
@@ -419,9 +419,37 @@ def fit_linear(
             path = torch.cat([torch.ones(len(path), 1, dtype=path.dtype), path], 1)
         factor = torch.linalg.qr(torch.cat([factor, path]), mode="r").R
 
+    return regressed(
+        factor,
+        intercept=intercept,
+        dtype=x.dtype,
+        sigmas=levels,
+        scale=scale,
+        solver=solver,
+        null=null,
+    )
+
+
+def regressed(
+    factor: Float[Tensor, "r c"],
+    *,
+    intercept: bool = False,
+    dtype: torch.dtype,
+    **settings: Any,
+) -> LinearGuidance:
+    """Least squares of every step, from a triangular factor of the columns (1,) c_1, u_1, c_2, u_2 ...
+
+    Args:
+        intercept: whether the first column is that of ones.
+        dtype: of the numbers that columns were computed in; what these cannot tell apart has the
+            shortest coefficients.
+        settings: what the linear guidance is for, see there.
+    """
+    columns = factor.shape[1]
+    steps = (columns - intercept) // 2
     weights_c, weights_u = torch.zeros(2, steps, steps, dtype=torch.float64)
     constants, unexplained = torch.zeros(2, steps, dtype=torch.float64)
-    resolution = columns * torch.finfo(_accurate(x).dtype).eps
+    resolution = columns * torch.finfo(accurate(torch.zeros((), dtype=dtype)).dtype).eps
     for step in range(steps):
         known = 2 * step + 1 + intercept
         features, target = factor[:, :known], factor[:, known]
@@ -438,10 +466,7 @@ def fit_linear(
         unconditional=weights_u,
         intercept=constants,
         unexplained=unexplained,
-        sigmas=levels,
-        scale=scale,
-        solver=solver,
-        null=null,
+        **settings,
     )
 
 
@@ -588,7 +613,7 @@ def _ask(
     return x.index_copy(0, rows_c, told_c), x.index_copy(0, rows_u, told_u)
 
 
-def _accurate(values: Tensor) -> Tensor:
+def accurate(values: Tensor) -> Tensor:
     """Half precision is too coarse to add up a history in."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
@@ -610,7 +635,7 @@ def _check_condition(condition: Condition, count: int) -> None:
     require("the rows of the condition", rows, rows == count, f"{count}, those of x")
 
 
-def _check_policy(policy: Policy, steps: int, linear: LinearGuidance | None) -> None:
+def check_policy(policy: Policy, steps: int, linear: LinearGuidance | None) -> None:
     named = ("guided", *ONE_ANSWER)
     require("policy", len(policy), len(policy) == steps, f"of one entry a step, {steps} in all")
     for place, step in enumerate(policy):
