@@ -490,7 +490,13 @@ class Labels:
         self(rows)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Int[Tensor, "b"]:
-        numbers = [self._number(number, row.get("label")) for number, row in enumerate(rows)]
+        for number, row in enumerate(rows):
+            if "label" not in row:
+                known = ", ".join(map(str, row)) or "nothing"
+                raise UserError(
+                    f"row {number} has no label, which this model draws by (it has {known})"
+                )
+        numbers = [self._number(number, row["label"]) for number, row in enumerate(rows)]
         return torch.tensor(numbers, dtype=torch.long)
 
     def _number(self, row: int, label: Any) -> int:

@@ -250,7 +250,7 @@ def leading(arguments: list[str]) -> list[str]:
 
 
 def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def terminal() -> "Console":

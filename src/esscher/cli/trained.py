@@ -117,8 +117,8 @@ def _eval_model(folder: Path, arguments: list[str]) -> int:
         return 0
     print(
         f"{loaded.experiment.name} on {loaded.experiment.subject}, checkpoint of step "
-        f"{loaded.step:,}: {evaluation.measure} {evaluation.told} +- {evaluation.spread} over "
-        f"{counted(len(evaluation.returns), _judged_by(folder))}"
+        f"{loaded.step:,}: {evaluation.measure} {evaluation.told_with_spread} over "
+        + _judged(folder, evaluation, options.episodes)
     )
     for name, value in evaluation.extras.items():
         low, high = (evaluation.extras.get(f"{name}, {end}") for end in ("low", "high"))
@@ -134,8 +134,13 @@ def _eval_model(folder: Path, arguments: list[str]) -> int:
     return 0
 
 
-def _judged_by(folder: Path) -> str:
-    return {"sets": "population", "robots": "episode"}.get(_world_of_run(folder), "row")
+def _judged(folder: Path, evaluation: Any, episodes: int) -> str:
+    """What an evaluation is over."""
+    world = _world_of_run(folder)
+    if world == "diffusion":  # A set of samples may be worth one number.
+        return counted(episodes, "sample")
+    noun = {"sets": "population", "robots": "episode"}.get(world, "row")
+    return counted(len(evaluation.returns), noun)
 
 
 def _sample_options() -> type:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esscher.cli.options import INTERRUPTED, experiment_options, parse, positional
+from esscher.cli.options import INTERRUPTED, counted, experiment_options, parse, positional
 
 
 @dataclass
@@ -70,8 +70,8 @@ def _finish_run(start: Callable[[], Any]) -> int:
     evaluation = result.evaluation
     model = result.directory / "model"
     print(
-        f"{result.slug}: {evaluation.measure} {evaluation.told} +- {evaluation.spread} after "
-        f"{result.steps:,} steps and {result.seconds:,.0f} s\nrun: {result.directory}"
+        f"{result.slug}: {evaluation.measure} {evaluation.told_with_spread} after "
+        f"{counted(result.steps, 'step')} and {result.seconds:,.0f} s\nrun: {result.directory}"
         + (f"\nmodel: {model}" if model.exists() else "")
         + f"\nreport: {page}"
     )

@@ -41,9 +41,9 @@ class Evaluation:
         return self._number(self.mean)
 
     @property
-    def spread(self) -> str:
-        """The standard deviation for a reader."""
-        return self._number(self.std)
+    def told_with_spread(self) -> str:
+        """Beside it the standard deviation, if there is more than one number (a set has one)."""
+        return f"{self.told} +- {self._number(self.std)}" if len(self.returns) > 1 else self.told
 
     def _number(self, value: float) -> str:
         return f"{value:,.1f}" if self.measure == "return" else f"{value:,.3f}"

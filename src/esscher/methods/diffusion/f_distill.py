@@ -585,6 +585,7 @@ def paper() -> Experiment:
         fake_learning_rate=1e-5,
         discriminator_learning_rate=1e-5,
         r1_weight=1.0,
+        fake_weighting="sample",
         bins="time",
         batch_size=1024,
         scale=1.75,
