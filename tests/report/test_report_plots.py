@@ -1,6 +1,7 @@
 """Figures: what is drawn, and what inlining does to it."""
 
 import re
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -102,13 +103,31 @@ def test_reward_is_drawn_against_distance_where_runs_say_it(tmp_path):
 
     train(smoke("dragon"), tmp_path / "run")
     record = read_run(tmp_path / "run")
-    steps, far, reached = record.distances().T
+    steps, far, reached, judged = record.distances().T
+    assert np.isnan(judged).all()
     assert len(far) == 3 and far[0] == 0 and far[-1] > 0
     assert steps.tolist() == list(record.steps) and reached.tolist() == list(record.returns)
     figure = plots.reward_against_distance([record], plots.method_styles([record.name]), "reward")
     assert figure is not None
     (line,) = figure.axes[0].lines[:1]
-    assert line.get_xdata().tolist() == far.tolist()
+    assert line.get_xdata().tolist() == far.tolist() and len(figure.axes) == 1
+
+
+def test_a_judge_is_drawn_beside_the_reward(tmp_path):
+    from support import smoke, train
+
+    experiment = smoke("dragon")
+    stage = experiment.stages[-1]
+    image = replace(stage.image, judge="esscher.image_rewards:nearness")
+    train(replace(experiment, stages=(replace(stage, image=image),)), tmp_path / "run")
+    record = read_run(tmp_path / "run")
+    figure = plots.reward_against_distance([record], plots.method_styles([record.name]), "reward")
+    assert figure is not None
+    reward, judge = figure.axes
+    assert judge.get_title("left") == "by the judge"
+    expected = [row["judge_mean"] for row in record.evaluations]
+    assert judge.lines[0].get_ydata().tolist() == expected
+    assert reward.lines[0].get_ydata().tolist() == list(record.returns) != expected
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.99999, 1.00001), (-1028.2, -1028.1), (1e6, 1e6 + 40)])

@@ -1,5 +1,6 @@
 """The figures of a report: what each shows, in words for every reader and in numbers for a table."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,14 +184,15 @@ def _improvement(ranking: Ranking) -> Shown:
 
 def _distance(ranking: Ranking, drawing: Figure) -> Shown:
     rows = [
-        [run.name, run.seed, int(step), distance, value]
+        [run.name, run.seed, int(step), distance, value, None if math.isnan(judged) else judged]
         for run in ranking.runs
-        for step, distance, value in run.distances().tolist()
+        for step, distance, value, judged in run.distances().tolist()
     ]
+    has_judge = any(row[-1] is not None for row in rows)
     last = {(row[0], row[1]): row for row in rows}
     said = "; ".join(
         f"{method}, seed {seed}: {value:.3g} at {distance:.3g} nats"
-        for method, seed, _, distance, value in last.values()
+        for method, seed, _, distance, value, _ in last.values()
     )
     return Shown(
         name=f"distance {ranking.name}",
@@ -198,9 +200,10 @@ def _distance(ranking: Ranking, drawing: Figure) -> Shown:
         "of before",
         description=f"Where each run ended: {said}.",
         caption=f"{ranking.name}: each evaluation, a line a run; further up is better, further right "
-        "is further from the model that training began with.",
+        "is further from the model that training began with."
+        + (" Where the judge does not follow, the reward has been fooled." if has_judge else ""),
         drawing=drawing,
-        table=Table(["method", "seed", "step", "kl_to_reference", "value"], rows),
+        table=Table(["method", "seed", "step", "kl_to_reference", "value", "judge"], rows),
     )
 
 

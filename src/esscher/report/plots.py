@@ -197,7 +197,8 @@ def diagnostics(runs: Sequence[RunRecord], styles: dict[str, MethodStyle]) -> Fi
 def reward_against_distance(
     runs: Sequence[RunRecord], styles: dict[str, MethodStyle], measure: str
 ) -> Figure | None:
-    """What each evaluation reached against its distance from the model of before, a line a run.
+    """What each evaluation reached against its distance from the model of before, a line a run; and
+    beside it what a judge says that nothing learns from, where runs have one.
 
     None if no run was evaluated twice at such a distance.
     """
@@ -206,19 +207,24 @@ def reward_against_distance(
     if not found:
         return None
     with matplotlib.rc_context(DRAWING):
+        judged = [(run, rows) for run, rows in found if not np.isnan(rows[:, 3]).any()]
+        panels = [(2, f"{found[0][0].env}: {measure}", found)]
+        if judged:  # Half as much room for titles.
+            panels = [(2, measure, found), (3, "by the judge", judged)]
         figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
-        axes = figure.add_subplot()
-        ends: dict[str, tuple[str, float, float]] = {}
-        for run, rows in found:
-            _, far, reached = rows.T
-            style = styles[run.name]
-            axes.plot(far, reached, color=style.colour, linestyle=style.dashes, linewidth=1.2,
-                      marker=style.marker, markersize=4, alpha=0.8)  # fmt: skip
-            ends.setdefault(run.name, (run.name, float(far[-1]), float(reached[-1])))
-        axes.set(xlabel="KL to the model of before, nats", title=f"{found[0][0].env}: {measure}")
-        format_axis(axes.xaxis, 6)
-        format_axis(axes.yaxis, 5)
-        _label_ends(axes, list(ends.values()), styles, 2.7)
+        for place, (column, title, drawn) in enumerate(panels, 1):
+            axes = figure.add_subplot(1, len(panels), place)
+            ends: dict[str, tuple[str, float, float]] = {}
+            for run, rows in drawn:
+                far, reached = rows[:, 1], rows[:, column]
+                style = styles[run.name]
+                axes.plot(far, reached, color=style.colour, linestyle=style.dashes, linewidth=1.2,
+                          marker=style.marker, markersize=4, alpha=0.8)  # fmt: skip
+                ends.setdefault(run.name, (run.name, float(far[-1]), float(reached[-1])))
+            axes.set(xlabel="KL to the model of before, nats", title=title)
+            format_axis(axes.xaxis, 6 // len(panels))
+            format_axis(axes.yaxis, 5)
+            _label_ends(axes, list(ends.values()), styles, 2.7)
     return figure
 
 

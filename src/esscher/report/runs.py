@@ -116,12 +116,14 @@ class RunRecord:
         return _curve(self.training, name)
 
     def distances(self) -> np.ndarray:
-        """Of each evaluation that says so, a row (shape: evaluations, 3): step, KL to the model of
-        before in nats, and what was reached.
+        """Of each evaluation that says so, a row (shape: evaluations, 4): step, KL to the model of
+        before in nats, what was reached, and what a judge says of it that nothing learns from (NaN:
+        there is none).
         """
         rows = [row for row in self.evaluations if _is_number(row.get("kl_to_reference"))]
-        found = [(row["step"], row["kl_to_reference"], row["return_mean"]) for row in rows]
-        return np.array(found, dtype=float).reshape(-1, 3)
+        names = ("step", "kl_to_reference", "return_mean", "judge_mean")
+        found = [[row.get(name, np.nan) for name in names] for row in rows]
+        return np.array(found, dtype=float).reshape(-1, 4)
 
     def _last_rows(self) -> list[dict[str, Any]]:
         result = [self.result] if self.result else []
