@@ -56,6 +56,10 @@ class Painter:
         """
         own, count = self._wanted, rows if isinstance(rows, int) else len(rows)
         require("rows", count, count >= 1, "at least one row, or a number >= 1")
+        known: dict[str, int] = {}
+        if not isinstance(rows, int):
+            for number, row in enumerate(own.rows):
+                known.setdefault(self.model.key(row), number)
         shown: list[Tensor] = []
         told: list[dict[str, Tensor]] = []
         size = math.ceil(count / math.ceil(count / self._at_once))
@@ -66,16 +70,11 @@ class Painter:
                 asked = own.asked([place % len(own.rows) for place in places])
             else:
                 part = [rows[place] for place in places]
-                numbers = [self._number(row) for row in part]
+                # Those of the run's own rows that the model is told the same by; -1: there is none.
+                numbers = [known.get(self.model.key(row), -1) for row in part]
                 asked = Asked(row=numbers, rows=part, condition=own.encode(part))
             drawn = self._draw(asked, [mix(seed, place) for place in places])
             shown.append(self.model.decode(drawn.x)[: count - start].float().cpu())
             told.append({name: said[: count - start].cpu() for name, said in drawn.told.items()})
         self.told = {name: torch.cat([part[name] for part in told]) for name in told[0]}
         return torch.cat(shown)
-
-    def _number(self, row: Mapping[str, Any]) -> int:
-        """Of the run's own row that the model is told the same by, the first; -1: there is none."""
-        columns = self.model.columns
-        alike = (all(row.get(c) == own.get(c) for c in columns) for own in self._wanted.rows)
-        return next((number for number, same in enumerate(alike) if same), -1)

@@ -75,6 +75,15 @@ def test_method_reads_every_setting(slug: str) -> None:
     assert set(fields) - attributes_read(tree) == set()
 
 
+@pytest.mark.parametrize("slug", sorted(registry.catalogue()))
+def test_the_first_line_of_a_method_is_a_sentence(slug: str) -> None:
+    """The card leaves it out, so that what follows must begin anew."""
+    text = registry.find(slug).path.read_text(encoding="utf-8")
+    docstring = ast.get_docstring(ast.parse(text)) or ""
+    first, second, *_ = docstring.split("\n")
+    assert first.endswith(".") and not second
+
+
 def test_every_setting_of_an_experiment_is_read() -> None:
     read = set().union(*map(attributes_read, TREES.values()))
     for module in (experiment, device):

@@ -192,6 +192,12 @@ class DiffusionModel(TrainedState):
         """The condition of rows of data, one sample each, where the weights are."""
         return None if self._encode is None else placed(self._encode(rows), self.device)
 
+    def key(self, row: Mapping[str, Any]) -> str:
+        """What the model is told of a row: the same of rows that it cannot tell apart. Of a model that
+        says no columns, all that the row holds.
+        """
+        return repr([row.get(name) for name in self.columns] or sorted(row.items()))
+
     def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Look through all rows of data, where the model's `encode` has a `check` that does.
 

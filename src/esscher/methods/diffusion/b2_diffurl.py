@@ -298,9 +298,7 @@ class B2DiffuRL(Method):
         count, size = len(wanted.rows), self.cfg.batch_size
         told = f"in [1, {count}], the rows of {wanted.name} (copies draws each several times)"
         require("batch_size", size, size <= count, told)
-        # Rows that the model cannot tell apart are one prompt.
-        columns = self.model.columns
-        keys = [repr([row.get(c) for c in columns] or sorted(row.items())) for row in wanted.rows]
+        keys = [self.model.key(row) for row in wanted.rows]
         number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
         self._prompt_of = [number[key] for key in keys]
         if len(self.past) != len(number):
