@@ -170,3 +170,14 @@ def test_a_model_that_cannot_be_guided_is_refused() -> None:
         Config(scale=1.0)
     with pytest.raises(UserError, match="eta"):
         Config(policy="linear", eta=0.5)
+
+
+def test_full_guidance_is_what_the_model_draws() -> None:
+    """Chains begin and end in the network's coordinates, with noise left, and clip as it says."""
+    left = torch.linspace(5, 0.5, 6, dtype=torch.float64)
+    for clip in ({}, {"clip": 2.5}, {"clip": 2.5, "keeps_noise": True}):
+        options: Any = {"null": torch.tensor([-1]), "unit_start": True, "unit_end": True, **clip}
+        drawn_by = DiffusionModel(two_gaussians, [3], left, **options)
+        learner = method(model=drawn_by, policy="full", draw_steps=5)
+        expected = drawn_by.draw(asked(6).condition, SEEDS, steps=5, scale=3.0)
+        torch.testing.assert_close(learner.draw(asked(6), SEEDS).x, expected)

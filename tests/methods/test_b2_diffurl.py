@@ -610,6 +610,25 @@ def test_the_chain_of_the_proof_begins_as_a_run() -> None:
 # ---- drawing
 
 
+def test_what_is_rewarded_is_the_sample_and_chains_begin_as_the_model_says() -> None:
+    """Between levels 2 and 1 of a model in the network's coordinates: sqrt(5) and 1 / sqrt(2)."""
+    table, seen = torch.tensor([2.0, 1.0], dtype=torch.float64), []
+    model = DiffusionModel(Constant(1), [1], table, unit_start=True, unit_end=True)
+
+    class Watching(Told):
+        def __call__(self, x: Any, rows: Any) -> Any:
+            seen.append(x)
+            return super().__call__(x, rows)
+
+    method = method_of(model, branches=2_000)
+    torch.manual_seed(0)
+    told, _ = method.drawn(asked_of(model, [0]), Watching([0.0] * 2_000), 1)
+    torch.testing.assert_close(seen[0], told.x[-1] / 2**0.5)
+    method = method_of(model, branches=1, copies=4_000, history=1)
+    told, _ = method.drawn(asked_of(model, [0]), Told([0.0] * 4_000), 1)
+    assert float(told.x[0].std()) == pytest.approx(5**0.5, rel=0.04)
+
+
 def test_drawing_is_the_policy_by_seeds() -> None:
     model = small_mixture()
     method = method_of(model, rows=2, draw_steps=4, last_suffix=4, scale=1.5, eta=0.5)

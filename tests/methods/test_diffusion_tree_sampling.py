@@ -224,3 +224,37 @@ def test_what_makes_no_tree_is_refused() -> None:
         UserError, match="last of branches must be at most 1 of the 3 steps .*, got 3"
     ):
         method(draw_steps=3, branches=(0.0, 0.99))
+
+
+def test_chains_begin_and_end_as_the_model_says() -> None:
+    """In the network's coordinates, with noise left at the end: as `DiffusionModel.draw` has it."""
+    left = torch.linspace(5, 0.5, 11, dtype=torch.float64)
+    model = DiffusionModel(gaussian, [1], left, unit_start=True, unit_end=True)
+    config = Config(draw_steps=10, evaluations=200)
+    learner = DiffusionTreeSampling(config, ImageSpec(model=model), Runtime(RUNTIME))
+    one, seeds = asked(0.5), [3, 4, 5]
+    many = again(one, 3)
+    before = model.draw(many.condition, seeds, steps=10, eta=1.0)
+    torch.testing.assert_close(learner.draw(many, seeds).x, before)
+    plain = DiffusionModel(gaussian, [1], left)
+    process, other = (
+        learner._process(None),
+        DiffusionTreeSampling(config, ImageSpec(model=plain), Runtime(RUNTIME))._process(None),
+    )
+    torch.testing.assert_close(process.prior(seeds), other.prior(seeds) / 5 * 26**0.5)
+    last, x = len(process.levels) - 2, torch.ones(3, 1)
+    process._condition = other._condition = torch.zeros(1)
+    ended, unended = process.transition(x, last, seeds), other.transition(x, last, seeds)
+    torch.testing.assert_close(ended, unended / 1.25**0.5)
+    learner.improve(one, Slope(), 1)  # type: ignore[arg-type]
+    found = {}
+    for sampler in ("best_of_n", "smc"):
+        torch.manual_seed(0)
+        drawing = DiffusionTreeSampling(
+            Config(draw_steps=10, evaluations=200, sampler=sampler),  # type: ignore[arg-type]
+            ImageSpec(model=model),
+            Runtime(RUNTIME),
+        )
+        _, rewards = drawing.improve(one, Slope(), 1)  # type: ignore[arg-type]
+        found[sampler] = drawing.draw(again(one, 40), list(range(40))).x.flatten().tolist()
+        assert set(found[sampler]) <= set(rewards.tolist())

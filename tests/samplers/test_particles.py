@@ -355,3 +355,23 @@ def test_what_a_population_cannot_do() -> None:
         best_of_n(DATA, linear, SIGMAS, (1,), 0, 0)
     with pytest.raises(UserError, match="count must be >= 1"):
         run(count=3).draw(0, seed=0)
+
+
+def test_a_chain_may_begin_and_end_in_the_networks_coordinates() -> None:
+    """Of a denoiser that says 0, x goes linearly from its start: by kept / sigma in the one step."""
+    seen: list[Tensor] = []
+
+    def reward(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x[:, 0]
+
+    def drawn(**options: Any) -> Tensor:
+        nothing: Any = lambda x, sigma, condition=None: 0 * x  # noqa: E731
+        return best_of_n(nothing, reward, [2.0, 1.0], (3,), 5, 7, **options).x
+
+    z = torch.randn((5, 3), generator=torch.Generator().manual_seed(7))
+    plain, ended = drawn(), drawn(end=0.25)
+    torch.testing.assert_close(ended, plain / 4)
+    assert torch.equal(seen[-1], ended), "what is judged is the sample"
+    # std^2 = 1 - 1/4, so kept = 1/2 of the noise at level 2, which is a quarter of x.
+    torch.testing.assert_close(drawn(start=3.0) - plain, z / 4)

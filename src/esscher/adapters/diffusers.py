@@ -248,9 +248,9 @@ def levels_of(scheduler: Any) -> Levels:
     A step that would not change the noise level is left out.
 
     Raises:
-        UserError: from the levels, if there are more steps than can be taken.
+        UserError: from the levels, if the scheduler's own steps are none that can be taken.
     """
-    name, most = type(scheduler).__name__, scheduler.config.num_train_timesteps
+    name = type(scheduler).__name__
     flow = _is_flow(scheduler)
     table = torch.ones(0) if flow else sigma_of_alpha_bar(noise_table(scheduler))
     other = any(scheduler.config.get(spacing, False) for spacing in OTHER_SPACINGS)
@@ -265,7 +265,6 @@ def levels_of(scheduler: Any) -> Levels:
         ends_clean = scheduler.config.get("final_sigmas_type", "zero") == "zero"
 
     def levels(steps: int) -> Float[Tensor, "k"]:
-        require("steps", steps, 1 <= steps <= most, f"in [1, {most}]")
         asked = copy.deepcopy(scheduler)
         asked.set_timesteps(steps)
         if flow:

@@ -188,24 +188,12 @@ def _pairs_apart(
         if not (isinstance(default, dict) and default):
             left.append(flag)
             continue
-        words = leading_values(rest)
+        words = leading(rest)
         if not words or len(words) % 2:
             raise UserError(f"{flag} takes names, each with its value, got {' '.join(words)!r}")
         pairs = zip(words[::2], words[1::2], strict=True)
         found.setdefault((part, name), {}).update({k: _value_of(v) for k, v in pairs})
     return left, found
-
-
-def leading_values(arguments: list[str]) -> list[str]:
-    """The words before the next option, taken away; a negative number is no option."""
-    words = []
-    while arguments and not (arguments[0].startswith("-") and not _is_number(arguments[0])):
-        words.append(arguments.pop(0))
-    return words
-
-
-def _is_number(word: str) -> bool:
-    return isinstance(_value_of(word), int | float)
 
 
 def _value_of(word: str) -> int | float | bool | str:
@@ -242,9 +230,11 @@ def positional(arguments: list[str], usage: str, name: str) -> str:
 
 
 def leading(arguments: list[str]) -> list[str]:
-    """The words before the first option, taken away."""
+    """The words before the first option, taken away; a negative number is no option."""
     words = []
-    while arguments and not arguments[0].startswith("-"):
+    while arguments and (
+        not arguments[0].startswith("-") or isinstance(_value_of(arguments[0]), int | float)
+    ):
         words.append(arguments.pop(0))
     return words
 
