@@ -246,15 +246,12 @@ def test_chains_begin_and_end_as_the_model_says() -> None:
     process._condition = other._condition = torch.zeros(1)
     ended, unended = process.transition(x, last, seeds), other.transition(x, last, seeds)
     torch.testing.assert_close(ended, unended / 1.25**0.5)
-    learner.improve(one, Slope(), 1)  # type: ignore[arg-type]
-    found = {}
-    for sampler in ("best_of_n", "smc"):
+    found = []
+    for of in (model, DiffusionModel(gaussian, [1], left, unit_start=True), plain):
         torch.manual_seed(0)
-        drawing = DiffusionTreeSampling(
-            Config(draw_steps=10, evaluations=200, sampler=sampler),  # type: ignore[arg-type]
-            ImageSpec(model=model),
-            Runtime(RUNTIME),
-        )
-        _, rewards = drawing.improve(one, Slope(), 1)  # type: ignore[arg-type]
-        found[sampler] = drawing.draw(again(one, 40), list(range(40))).x.flatten().tolist()
-        assert set(found[sampler]) <= set(rewards.tolist())
+        cfg = Config(draw_steps=10, evaluations=200, sampler="best_of_n")
+        drawing = DiffusionTreeSampling(cfg, ImageSpec(model=of), Runtime(RUNTIME))
+        found.append(drawing.improve(one, Slope(), 1)[1])  # type: ignore[arg-type]
+    torch.testing.assert_close(found[0], found[1] / 1.25**0.5)
+    # Of a linear chain, a start that is 2 % wider moves every sample by its own noise.
+    assert bool(((found[1] - found[2]).abs() > 1e-7).all())
